@@ -1,0 +1,1 @@
+"""How many tokens remain? Predictors answer; the scheduler treats every answer as advice."""

@@ -1,0 +1,1 @@
+"""Calls to inference servers: the only place that opens client connections."""

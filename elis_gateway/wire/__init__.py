@@ -1,0 +1,1 @@
+"""OpenAI's formats: bytes and dicts in, values out. No sockets, no clock, no scheduling."""

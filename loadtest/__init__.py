@@ -1,0 +1,1 @@
+"""The load test: the same work under several schedulers, measured so that the difference means something."""

@@ -1,0 +1,1 @@
+"""Training and exporting the length predictor. Imports torch; the serving process never imports this."""
