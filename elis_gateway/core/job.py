@@ -61,7 +61,7 @@ class Estimate(NamedTuple):
 
     remaining: float
     """Mean remaining tokens, within 1 .. tokens still allowed."""
-    index: float | None = None
+    gittins: float | None = None
     """Gittins index of the remaining length (tokens) where the predictor knows a distribution."""
     source: str = ""
     """Who said so: a metric label and a line in the job's history."""

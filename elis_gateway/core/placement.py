@@ -1,10 +1,16 @@
-"""Upstream slots: who holds them, which upstream a job should wait for. Never: URLs, health probing."""
+"""Upstream slots: who holds them, who may be made to yield, where a job should go. Never: URLs, health probing."""
 
 from __future__ import annotations
 
+from heapq import heappop, heappush
 from typing import NamedTuple
 
-__all__ = ["UpstreamInfo"]
+from elis_gateway.core.job import Job
+from elis_gateway.core.lengths import Lengths, solve_gamma
+from elis_gateway.core.ready import ReadyQueue
+from elis_gateway.core.slice import Slice
+
+__all__ = ["Pool", "Running", "Upstream", "UpstreamInfo"]
 
 
 class UpstreamInfo(NamedTuple):
@@ -19,3 +25,146 @@ class UpstreamInfo(NamedTuple):
     """Calls to keep in flight beyond ``slots``, waiting in the engine's own queue."""
     orders: bool = False
     """The engine orders its waiting calls by ``Slice.priority`` (seen in its behaviour, not believed)."""
+
+
+class Running:
+    """A slice in flight and what is known of its progress."""
+
+    __slots__ = (
+        "base",
+        "ending",
+        "job",
+        "key",
+        "mark_at",
+        "mark_tokens",
+        "sent",
+        "slice",
+        "started",
+        "upstream",
+        "version",
+    )
+
+    def __init__(self, slice_: Slice, upstream: Upstream, key: float, now: float) -> None:
+        self.slice = slice_
+        self.job: Job = slice_.job
+        self.upstream = upstream
+        self.key = key
+        """The job's policy key, recomputed as it runs; decides who yields."""
+        self.version = 0
+        self.sent = now
+        self.started = False
+        self.base = self.job.attained
+        self.mark_at = now
+        self.mark_tokens = self.base
+        self.ending = False
+        """Preempt or Abort was emitted; the slot frees when the slice's end is reported."""
+
+
+class Upstream:
+    """One upstream's slots, its slices in flight, and the jobs whose prefix it has cached."""
+
+    __slots__ = ("_victims", "closing", "ending", "info", "queue", "running", "unstarted")
+
+    def __init__(self, info: UpstreamInfo) -> None:
+        self.info = info
+        self.running: dict[int, Running] = {}
+        self.queue = ReadyQueue()
+        self.closing = 0
+        """Started slices that were told to end."""
+        self.ending = 0
+        """All slices that were told to end, those still in the engine's queue too."""
+        self.unstarted: dict[int, Running] = {}
+        """Slices sent whose first token has not come: in prefill, or in the engine's own queue."""
+        self._victims: list[tuple[int, float, int, int, Running]] = []
+
+    @property
+    def free(self) -> int:
+        """Calls that may still be sent."""
+        info = self.info
+        return info.slots + info.overcommit - len(self.running) if info.slots else 0
+
+    @property
+    def load(self) -> float:
+        return len(self.running) / self.info.slots if self.info.slots else float("inf")
+
+    def offer(self, running: Running, key: float) -> None:
+        """``running`` may be made to yield, at ``key``; replaces what was offered before."""
+        running.key = key
+        running.version += 1
+        heappush(self._victims, (-running.job.spec.rank, -key, -running.slice.id, running.version, running))
+        if len(self._victims) > 64 and len(self._victims) > 4 * len(self.running):
+            self._victims = [v for v in self._victims if self._is_live(v)]
+            self._victims.sort()
+
+    def victim(self, now: float) -> Running | None:
+        """The slice whose job has the worst key; overdue jobs are never made to yield."""
+        heap = self._victims
+        while heap:
+            running = heap[0][4]
+            if self._is_live(heap[0]) and (running.job.due is None or running.job.due > now):
+                return running
+            heappop(heap)
+        return None
+
+    def _is_live(self, entry: tuple[int, float, int, int, Running]) -> bool:
+        running = entry[4]
+        return running.version == entry[3] and not running.ending and running.slice.id in self.running
+
+    def queued_calls(self) -> list[Running]:
+        """Calls waiting in the engine's own queue, the one it starts next first."""
+        started = len(self.running) - len(self.unstarted) - self.closing
+        waiting = [r for r in self.unstarted.values() if not r.ending]
+        if self.info.orders:
+            waiting.sort(key=lambda r: (r.slice.priority, r.slice.id))
+        return waiting[max(self.info.slots - started, 0) :]
+
+
+class Pool:
+    """The upstreams that serve one model: their shared queue, their pace, and what answers have been like."""
+
+    __slots__ = ("_arrived", "_gamma_in", "_last", "_rate", "down_since", "gamma", "lengths", "model", "queue",
+                 "seconds_per_token", "slots", "upstreams")  # fmt: skip
+
+    def __init__(self, model: str, seconds_per_token: float, now: float) -> None:
+        self.model = model
+        self.queue = ReadyQueue()
+        """Jobs that never ran, or whose home is gone."""
+        self.upstreams: list[Upstream] = []
+        self.slots = 0
+        self.seconds_per_token = seconds_per_token
+        self.gamma = 0.0
+        self.lengths = Lengths()
+        self.down_since: float | None = now
+        self._last: float | None = None
+        self._rate = 0.0
+        self._arrived = 0
+        self._gamma_in = 32
+
+    @property
+    def long_answer(self) -> float | None:
+        return self.lengths.p95
+
+    def refresh(self, now: float) -> None:
+        """Count slots again after an upstream came, went or changed."""
+        self.slots = sum(u.info.slots for u in self.upstreams)
+        if self.slots == 0:
+            self.down_since = now if self.down_since is None else self.down_since
+        else:
+            self.down_since = None
+
+    def arrived(self, now: float) -> None:
+        """Count an arrival; every so often solve for gamma again."""
+        if self._last is not None:
+            self._arrived += 1
+            share = max(1.0 / self._arrived, 0.002)
+            self._rate += share * ((now - self._last) - self._rate)
+        self._last = now
+        self._gamma_in -= 1
+        if self._gamma_in <= 0:
+            self._gamma_in = 256
+            if self.slots and self._rate > 0.0:
+                self.gamma = solve_gamma(1.0 / self._rate, self.lengths.shares(), self.seconds_per_token / self.slots)
+
+    def paced(self, seconds_per_token: float) -> None:
+        """A slice ran at this pace; the pool's own moves slowly, so that keys made minutes apart compare."""
+        self.seconds_per_token += 0.02 * (seconds_per_token - self.seconds_per_token)

@@ -1,0 +1,87 @@
+"""What a pool has learned about answer lengths and arrivals: a percentile for missing estimates, and Boost's gamma.
+
+Knows: two decaying statistics. Never: single jobs, applications (that is the predictors' business).
+"""
+
+from __future__ import annotations
+
+from math import exp, log2
+
+__all__ = ["Lengths", "solve_gamma"]
+
+_BINS_PER_OCTAVE = 4
+_BINS = 18 * _BINS_PER_OCTAVE + 1  # up to 2**18 tokens
+_CENTRES = tuple(2 ** (i / _BINS_PER_OCTAVE) for i in range(_BINS))
+
+
+class Lengths:
+    """Decaying histogram of answer lengths, quarter octaves wide; constant memory."""
+
+    __slots__ = ("_counts", "_p95", "_since", "_weight", "total")
+
+    def __init__(self) -> None:
+        self._counts = [0.0] * _BINS
+        self._weight = 1.0
+        self.total = 0.0
+        self._p95: float | None = None
+        self._since = 0
+
+    def add(self, tokens: int) -> None:
+        """Count one complete answer. Older ones fade with a half-life of about 1,400 answers."""
+        self._counts[min(_BINS - 1, round(log2(tokens if tokens > 1 else 1) * _BINS_PER_OCTAVE))] += self._weight
+        self.total += self._weight
+        self._weight *= 1.0005
+        if self._weight > 1e12:
+            self._counts = [c / self._weight for c in self._counts]
+            self.total /= self._weight
+            self._weight = 1.0
+        self._since += 1
+        if self._p95 is None or self._since >= 64:
+            self._p95 = self.quantile(0.95)
+            self._since = 0
+
+    @property
+    def p95(self) -> float | None:
+        """95th percentile in tokens (within a bin's width); None before the first answer."""
+        return self._p95
+
+    def quantile(self, q: float) -> float:
+        """The ``q`` quantile in tokens; 1.0 before the first answer."""
+        left = q * self.total
+        for centre, count in zip(_CENTRES, self._counts, strict=True):
+            left -= count
+            if left <= 0.0:
+                return centre
+        return _CENTRES[-1]
+
+    def shares(self) -> list[tuple[float, float]]:
+        """``(tokens, probability)`` of every bin that has samples."""
+        return [(c, n / self.total) for c, n in zip(_CENTRES, self._counts, strict=True) if n > 0.0]
+
+    @property
+    def mean(self) -> float:
+        """Mean answer in tokens; 0.0 before the first."""
+        return sum(c * p for c, p in self.shares())
+
+
+def solve_gamma(arrival_rate: float, shares: list[tuple[float, float]], seconds_per_token: float) -> float:
+    """The decay rate of first-come's response tail: the positive root of γ = λ(E[exp(γS)] - 1), in 1/s.
+
+    ``shares``: answer lengths in tokens with probabilities; S is their service time at ``seconds_per_token`` *of the
+    whole pool* (one slot's seconds per token over the number of slots). Yu and Scully 2024. At load 1 and above there is no positive root;
+    the load is then taken as 0.99, so the result stays positive and small.
+    """
+    if not shares or arrival_rate <= 0.0:
+        return 0.0
+    mean = sum(n * p for n, p in shares) * seconds_per_token
+    rate = min(arrival_rate, 0.99 / mean)
+    longest = max(n for n, _ in shares) * seconds_per_token
+    low, high = 0.0, 50.0 / longest
+    for _ in range(50):
+        middle = 0.5 * (low + high)
+        grown = rate * (sum(p * exp(middle * n * seconds_per_token) for n, p in shares) - 1.0)
+        if grown > middle:
+            high = middle
+        else:
+            low = middle
+    return low

@@ -1,0 +1,601 @@
+"""The scheduler. Events in with ``now``, actions out; it never calls out, reads a clock or performs I/O.
+
+    submit            -> ESTIMATING  if the policy wants an estimate, else READY
+    estimated         -> READY       or, for a READY job, a new key; for a RUNNING one, perhaps Preempt
+    (slot available)  -> RUNNING     emits Run
+    window_passed     -> RUNNING     asks for a fresh estimate; perhaps Preempt
+    slice_ended       -> DONE        answer complete, refused, or the retries are spent
+                      -> ESTIMATING  more to do and the policy wants a fresh estimate: the slot is held until it comes
+                      -> READY       more to do
+    cancel, expiry    -> DONE        emits Abort if a slice is in flight; its slot frees when that slice ends
+
+News of a job that is DONE is dropped. News of an unknown slice is a bug and raises.
+
+After every input free slots are filled (work conserving), with two named exceptions: a slot held for the estimate of
+the job that just left it, and a job that waits for its warm home because prefilling it elsewhere would cost more than
+the wait. Where the engine keeps a queue of its own (``overcommit``), calls in flight never exceed ``slots + overcommit``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from elis_gateway.core.actions import Abort, Action, AskEstimate, Finish, Preempt, Run
+from elis_gateway.core.admission import Alarms
+from elis_gateway.core.job import Estimate, Job, JobSpec, JobState, Outcome
+from elis_gateway.core.placement import Pool, Running, Upstream, UpstreamInfo
+from elis_gateway.core.policy import FCFS, Policy, remaining_tokens
+from elis_gateway.core.ready import Head, ReadyQueue
+from elis_gateway.core.slice import Slice, SliceEnd, SliceResult
+
+__all__ = ["Scheduler", "SchedulerConfig"]
+
+_READY, _RUNNING, _ESTIMATING, _DONE = JobState.READY, JobState.RUNNING, JobState.ESTIMATING, JobState.DONE
+_CLASS_STRIDE = 10**13
+"""Milliseconds; far above any key, so that classes never mix in one integer priority."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """The scheduler's dials. Times in seconds, lengths in tokens."""
+
+    window: int = 50
+    mode: Literal["fixed", "elastic"] = "elastic"
+    """``fixed``: every call asks for at most one window. ``elastic``: for all that remains, and yields when asked to."""
+    estimates: bool = True
+    """There is a predictor. Without one, a policy that needs estimates is first-come."""
+    rescore: Literal["always", "contended"] = "contended"
+    """Fixed windows: hold the slot for a fresh estimate after every window, or only while somebody waits for it."""
+    seam_cost: float | None = None
+    """Tokens of work that ending one call and starting another costs; None: learned from continuations."""
+    queue_limit: int | None = None
+    """Jobs that may wait; further ones are rejected."""
+    queue_ttl: float | None = None
+    """Longest wait for the first slot."""
+    unavailable_timeout: float = 30.0
+    """Longest wait while no upstream of the model is up."""
+    retries: int = 3
+    """Interruptions in a row, without a token of progress, that a job survives."""
+    seconds_per_token: float = 0.02
+    """Assumed pace of one running job until it is measured."""
+    prefill_tokens_per_second: float = 5000.0
+    """Prices moving a job to a replica that has not cached its prompt."""
+
+
+class Scheduler:
+    """Decides which slice runs next. Every method that takes ``now`` returns the actions to perform, in order."""
+
+    def __init__(self, config: SchedulerConfig, policy: Policy) -> None:
+        self.config = config
+        self.jobs: dict[str, Job] = {}
+        """Live jobs, and finished ones whose slice has not ended yet."""
+        self.upstreams: dict[str, Upstream] = {}
+        self.pools: dict[str, Pool] = {}
+        self.seam_tokens = 2.0 if config.seam_cost is None else config.seam_cost
+        self._slices: dict[int, Running] = {}
+        self._held: dict[str, Upstream] = {}
+        self._alarms = Alarms()
+        self._last_id = 0
+        self._actions: list[Action] = []
+        self._use(policy)
+
+    # ---- inputs -----------------------------------------------------------------------------------------------
+
+    def submit(self, spec: JobSpec, now: float) -> list[Action]:
+        """A request arrived. Raises ValueError if its id is in use."""
+        if spec.id in self.jobs:
+            raise ValueError(f"job id {spec.id!r} is in use")
+        job = Job(spec, now)
+        pool = self._pool(spec.model, now)
+        limit = self.config.queue_limit
+        if limit is not None and self.waiting() >= limit:
+            self._finish(job, Outcome.REJECTED, "queue_full", now)
+            return self._take()
+        self.jobs[spec.id] = job
+        pool.arrived(now)
+        if self.config.queue_ttl is not None:
+            self._alarms.wait_until(now + self.config.queue_ttl, spec.id)
+        if spec.deadline is not None:
+            self._alarms.done_until(spec.deadline, spec.id)
+        if self._estimates:
+            self._actions.append(AskEstimate(job))
+        else:
+            self._enqueue(job, now)
+        return self._take()
+
+    def estimated(self, job_id: str, estimate: Estimate | None, now: float) -> list[Action]:
+        """An answer to AskEstimate, at once or later. None: the old estimate is counted down."""
+        job = self.jobs.get(job_id)
+        if job is None or job.state is _DONE:
+            return []
+        if estimate is not None:
+            job.estimate = estimate
+            job.estimate_at = job.attained
+        state = job.state
+        if state is _ESTIMATING:
+            self._enqueue(job, now)
+        elif estimate is None:
+            return []
+        elif state is _READY:
+            self._rekey(job, now)
+        else:
+            self._rescored(self._slices[job.slice], now)  # type: ignore[index]
+        return self._take()
+
+    def slice_started(self, slice_id: int, now: float) -> list[Action]:
+        """The slice's first token arrived. Optional for drivers whose slices always start at once."""
+        running = self._slices[slice_id]
+        if running.started:
+            return []
+        running.started = True
+        upstream, job = running.upstream, running.job
+        upstream.unstarted.pop(slice_id, None)
+        if running.ending:
+            upstream.closing += 1
+        if job.first_token is None:
+            job.first_token = now
+        elif self.config.seam_cost is None and len(upstream.running) <= upstream.info.slots:
+            # The first token of a continuation is late by the seam: what preempting this job has cost.
+            pace = self._pools_pace(job)
+            seam = min(max((now - running.sent) / pace - 1.0, 0.0), 200.0)
+            self.seam_tokens += 0.05 * (seam - self.seam_tokens)
+        running.mark_at = now
+        running.mark_tokens = job.attained + 1
+        if job.state is _RUNNING and self._elastic and job.spec.sliceable and job.preemptions == 0:
+            upstream.offer(running, running.key)
+            self._settle_calls(upstream, now)
+        return self._take()
+
+    def window_passed(self, slice_id: int, attained: int, now: float) -> list[Action]:
+        """Another window's tokens arrived in this slice; ``attained``: the job's kept tokens in all."""
+        running = self._slices[slice_id]
+        job = running.job
+        if job.state is not _RUNNING:
+            return []
+        if not running.started:
+            self.slice_started(slice_id, now)
+        self._measure(running, attained, now)
+        job.attained = attained
+        job.failures = 0
+        if self._estimates:
+            self._actions.append(AskEstimate(job))
+        self._rescored(running, now)
+        return self._take()
+
+    def slice_ended(self, slice_id: int, result: SliceResult, now: float) -> list[Action]:
+        """A slice is over; its slot is free. Exactly once for every Run."""
+        running = self._slices.pop(slice_id)
+        job, upstream = running.job, running.upstream
+        self._release(running)
+        if job.state is _DONE:
+            self.jobs.pop(job.spec.id, None)
+            self._fill(upstream, now)
+            return self._take()
+        self._measure(running, result.attained, now)
+        if result.attained > running.base:
+            job.failures = 0
+            if job.first_token is None:
+                job.first_token = now
+        job.attained = result.attained
+        job.slice = None
+        if result.limit is not None and result.limit != job.spec.limit:
+            job.spec = job.spec._replace(limit=result.limit)
+        end = result.end
+        if end is SliceEnd.FINISHED:
+            self._pool(job.spec.model, now).lengths.add(job.attained)
+            self._finish(job, Outcome.COMPLETED, result.cause, now)
+        elif end is SliceEnd.FAILED:
+            self._finish(job, Outcome.FAILED, result.cause, now)
+        elif end is SliceEnd.INTERRUPTED:
+            self._interrupted(job, result.cause, now)
+        elif end is SliceEnd.PREEMPTED:
+            if running.started or result.attained > running.base:
+                job.preemptions += 1
+            self._enqueue(job, now, place=False)
+        else:
+            self._continue(job, upstream, now)
+        self._fill(upstream, now)
+        return self._take()
+
+    def cancel(self, job_id: str, now: float, *, outcome: Outcome = Outcome.CANCELLED, cause: str = "") -> list[Action]:
+        """The client is gone, or nobody wants the answer any more."""
+        job = self.jobs.get(job_id)
+        if job is None or job.state is _DONE:
+            return []
+        self._drop(job, outcome, cause, now)
+        return self._take()
+
+    def upstream_changed(self, info: UpstreamInfo, now: float) -> list[Action]:
+        """An upstream is new, came back, went down (``slots`` 0), or changed what it serves."""
+        upstream = self.upstreams.get(info.id)
+        if upstream is None:
+            upstream = self.upstreams[info.id] = Upstream(info)
+        stale = upstream.info.models - info.models
+        upstream.info = info
+        for model in stale:
+            self.pools[model].upstreams.remove(upstream)
+        for model in info.models:
+            pool = self._pool(model, now)
+            if upstream not in pool.upstreams:
+                pool.upstreams.append(upstream)
+        for pool in self.pools.values():
+            was_down = pool.down_since is not None
+            pool.refresh(now)
+            if pool.down_since is not None and not was_down:
+                for job in pool.queue.jobs():
+                    self._alarms.capacity_until(now + self.config.unavailable_timeout, job.spec.id)
+        if info.slots == 0 or stale:
+            for job in upstream.queue.drain():
+                self._enqueue(job, now)
+        self._fill(upstream, now)
+        return self._take()
+
+    def upstream_removed(self, upstream_id: str, now: float) -> list[Action]:
+        """The upstream will not come back. Its slices must have ended: first set its slots to 0."""
+        if self.upstreams[upstream_id].running:
+            raise ValueError(f"upstream {upstream_id!r} still runs slices")
+        actions = self.upstream_changed(UpstreamInfo(upstream_id, frozenset(), 0), now)
+        del self.upstreams[upstream_id]
+        return actions
+
+    def set_policy(self, policy: Policy, now: float) -> list[Action]:
+        """Order by another policy from now on; everything waiting gets a new key. Calls in flight keep their limits."""
+        self._use(policy)
+        queues = [p.queue for p in self.pools.values()] + [u.queue for u in self.upstreams.values()]
+        for queue in queues:
+            for job in queue.jobs():
+                self._rekey(job, now)
+                if self._estimates and job.estimate is None:
+                    self._actions.append(AskEstimate(job))
+        return self._take()
+
+    def tick(self, now: float) -> list[Action]:
+        """Time has reached ``next_deadline``."""
+        for job_id, reason in self._alarms.due(now):
+            job = self.jobs.get(job_id)
+            if job is None or job.state is _DONE:
+                continue
+            if reason == "queue_ttl" and (job.first_run is not None):
+                continue
+            if reason == "unavailable" and not self._is_stranded(job, now):
+                continue
+            self._drop(job, Outcome.EXPIRED, reason, now)
+        return self._take()
+
+    def next_deadline(self) -> float | None:
+        """When ``tick`` is wanted next; None: not before another input."""
+        return self._alarms.next()
+
+    # ---- views ------------------------------------------------------------------------------------------------
+
+    def waiting(self, model: str | None = None) -> int:
+        """Jobs in the ready queues, of one model or of all."""
+        if model is None:
+            return sum(p.queue.live for p in self.pools.values()) + sum(u.queue.live for u in self.upstreams.values())
+        return sum(1 for j in self.jobs.values() if j.state is _READY and j.spec.model == model)
+
+    def running(self, upstream_id: str) -> int:
+        """Slices in flight on one upstream."""
+        return len(self.upstreams[upstream_id].running)
+
+    def seconds_per_token(self, model: str) -> float:
+        """Measured pace of one running job of this model."""
+        pool = self.pools.get(model)
+        return pool.seconds_per_token if pool else self.config.seconds_per_token
+
+    # ---- queue and slots --------------------------------------------------------------------------------------
+
+    def _use(self, policy: Policy) -> None:
+        self.policy: Policy = policy if self.config.estimates or not policy.needs_estimates else FCFS()
+        self._estimates = self.policy.needs_estimates
+        self._elastic = self.policy.preempts and self.config.mode == "elastic"
+        self._fixed = self.policy.preempts and self.config.mode == "fixed"
+
+    def _take(self) -> list[Action]:
+        actions = self._actions
+        self._actions = []
+        return actions
+
+    def _pool(self, model: str, now: float) -> Pool:
+        pool = self.pools.get(model)
+        if pool is None:
+            pool = self.pools[model] = Pool(model, self.config.seconds_per_token, now)
+        return pool
+
+    def _pools_pace(self, job: Job) -> float:
+        return self.pools[job.spec.model].seconds_per_token
+
+    def _next_id(self) -> int:
+        self._last_id += 1
+        return self._last_id
+
+    def _queue_of(self, job: Job) -> ReadyQueue:
+        return self.upstreams[job.home].queue if job.home is not None else self.pools[job.spec.model].queue
+
+    def _enqueue(self, job: Job, now: float, *, place: bool = True) -> None:
+        """READY: straight into a free slot where there is one, else into the queue. ``place`` False: the caller fills."""
+        held = self._held.pop(job.spec.id, None)
+        job.state = _READY
+        job.ready_since = now
+        pool = self.pools[job.spec.model]
+        if job.home is not None:
+            home = self.upstreams.get(job.home)
+            if home is None or not home.info.slots or job.spec.model not in home.info.models:
+                job.home = None
+        if place and held is None:
+            upstream = self._free_upstream(job, pool, now)
+            if upstream is not None:
+                self._start(job, upstream, now)
+                return
+        self._queue_of(job).push(job, self.policy.key(job, pool, now), self._next_id())
+        if pool.down_since is not None:
+            self._alarms.capacity_until(now + self.config.unavailable_timeout, job.spec.id)
+        if held is not None:
+            self._fill(held, now)
+        elif place:
+            self._settle(job, pool, now)
+
+    def _rekey(self, job: Job, now: float) -> None:
+        """A waiting job's key changed: a new entry; the old one goes stale."""
+        pool = self.pools[job.spec.model]
+        queue = self._queue_of(job)
+        queue.discard(job)
+        queue.push(job, self.policy.key(job, pool, now), self._next_id())
+        self._settle(job, pool, now)
+
+    def _free_upstream(self, job: Job, pool: Pool, now: float) -> Upstream | None:
+        """The slot a job that just became READY may take at once: its warm home, else the least loaded that pays."""
+        best: Upstream | None = None
+        for upstream in pool.upstreams:
+            if upstream.free - self._holds(upstream) <= 0:
+                continue
+            if upstream.info.id == job.home:
+                return upstream
+            if best is None or upstream.load < best.load:
+                best = upstream
+        if best is not None and job.home is not None and not self._move_pays(job, now):
+            return None
+        return best
+
+    def _move_pays(self, job: Job, now: float) -> bool:
+        """Is prefilling ``job`` on a cold replica cheaper than the wait for a slot at its warm home?"""
+        home = self.upstreams[job.home]  # type: ignore[index]
+        prefill = (job.spec.prompt_tokens + job.attained) / self.config.prefill_tokens_per_second
+        pace = self._pools_pace(job)
+        shortest = min((self._left(r.job) for r in home.running.values()), default=0.0)
+        return prefill < shortest * pace
+
+    def _left(self, job: Job) -> float:
+        left = remaining_tokens(job, self.pools[job.spec.model])
+        return min(left, float(self.config.window)) if self._fixed else left
+
+    def _holds(self, upstream: Upstream) -> int:
+        return sum(1 for u in self._held.values() if u is upstream) if self._held else 0
+
+    def _fill(self, upstream: Upstream, now: float) -> None:
+        """Give every free slot of ``upstream`` to the best job that may run there."""
+        while upstream.free - self._holds(upstream) > 0:
+            head = self._best_for(upstream, now)
+            if head is None:
+                head = self._stray(upstream, now)
+                if head is None:
+                    return
+            self._queue_of(head.job).discard(head.job)
+            self._start(head.job, upstream, now, head.key if head.late else None)
+
+    def _best_for(self, upstream: Upstream, now: float) -> Head | None:
+        best = upstream.queue.head(now)
+        for model in upstream.info.models:
+            head = self.pools[model].queue.head(now)
+            if head is not None and (best is None or head < best):
+                best = head
+        return best
+
+    def _stray(self, upstream: Upstream, now: float) -> Head | None:
+        """Nothing waits here: take a job that waits for its warm home elsewhere, where moving it pays."""
+        best: Head | None = None
+        for other in self.upstreams.values():
+            if other is upstream or not other.queue.live:
+                continue
+            head = other.queue.head(now)
+            if head is None or head.job.spec.model not in upstream.info.models or (best is not None and best < head):
+                continue
+            if self._move_pays(head.job, now):
+                best = head
+        return best
+
+    def _start(self, job: Job, upstream: Upstream, now: float, key: float | None = None) -> None:
+        pool = self.pools[job.spec.model]
+        if key is None:
+            key = self.policy.key(job, pool, now)
+        spec = job.spec
+        limit = job.allowed
+        window = None
+        if spec.sliceable:
+            if self._fixed:
+                limit = self.config.window if limit is None else min(limit, self.config.window)
+            elif self._elastic:
+                window = self.config.window
+        priority = spec.rank * _CLASS_STRIDE + round(key * 1000.0) if upstream.info.orders else 0
+        slice_ = Slice(self._next_id(), job, upstream.info.id, limit, window, priority)
+        running = Running(slice_, upstream, key, now)
+        self._slices[slice_.id] = upstream.running[slice_.id] = upstream.unstarted[slice_.id] = running
+        job.waited += now - job.ready_since
+        job.state = _RUNNING
+        job.slice = slice_.id
+        job.slices += 1
+        job.home = upstream.info.id
+        if job.first_run is None:
+            job.first_run = now
+        self._actions.append(Run(slice_))
+
+    def _release(self, running: Running) -> None:
+        upstream = running.upstream
+        del upstream.running[running.slice.id]
+        unstarted = upstream.unstarted.pop(running.slice.id, None) is not None
+        if running.ending:
+            upstream.ending -= 1
+            upstream.closing -= not unstarted
+
+    # ---- after a slice ----------------------------------------------------------------------------------------
+
+    def _continue(self, job: Job, upstream: Upstream, now: float) -> None:
+        """A fixed window is over and the answer goes on."""
+        if not self._estimates:
+            self._enqueue(job, now, place=False)
+            return
+        if self.config.rescore == "always" or self._best_for(upstream, now) is not None:
+            # The slot is held: who gets it depends on what this job's fresh estimate says.
+            job.state = _ESTIMATING
+            self._held[job.spec.id] = upstream
+            self._actions.append(AskEstimate(job))
+        else:
+            self._enqueue(job, now, place=False)
+            self._fill(upstream, now)
+            self._actions.append(AskEstimate(job))
+
+    def _interrupted(self, job: Job, cause: str, now: float) -> None:
+        job.failures += 1
+        if job.failures > self.config.retries:
+            self._finish(job, Outcome.FAILED, cause, now)
+            return
+        job.home = None
+        self._enqueue(job, now)
+
+    def _drop(self, job: Job, outcome: Outcome, cause: str, now: float) -> None:
+        held = self._held.pop(job.spec.id, None)
+        if job.state is _READY:
+            self._queue_of(job).discard(job)
+            job.waited += now - job.ready_since
+        elif job.state is _RUNNING:
+            running = self._slices[job.slice]  # type: ignore[index]
+            if not running.ending:
+                self._end(running)
+                self._actions.append(Abort(running.slice.id))
+        self._finish(job, outcome, cause, now)
+        if held is not None:
+            self._fill(held, now)
+
+    def _end(self, running: Running) -> None:
+        running.ending = True
+        running.upstream.ending += 1
+        if running.started:
+            running.upstream.closing += 1
+
+    def _finish(self, job: Job, outcome: Outcome, cause: str, now: float) -> None:
+        in_flight = job.state is _RUNNING and job.slice is not None
+        job.state = _DONE
+        job.outcome = outcome
+        job.cause = cause
+        job.finished = now
+        if not in_flight:
+            self.jobs.pop(job.spec.id, None)
+        self._actions.append(Finish(job))
+
+    def _is_stranded(self, job: Job, now: float) -> bool:
+        pool = self.pools[job.spec.model]
+        if job.state is not _READY or pool.down_since is None:
+            return False
+        return now >= max(pool.down_since, job.ready_since) + self.config.unavailable_timeout
+
+    def _measure(self, running: Running, attained: int, now: float) -> None:
+        tokens = attained - running.mark_tokens
+        if tokens >= 16 and now > running.mark_at:
+            self.pools[running.job.spec.model].paced((now - running.mark_at) / tokens)
+            running.mark_at = now
+            running.mark_tokens = attained
+
+    # ---- who yields -------------------------------------------------------------------------------------------
+
+    def _rescored(self, running: Running, now: float) -> None:
+        """A running job's remaining work was looked at again: its key, and whether it should yield."""
+        if running.ending or not self._elastic or not running.job.spec.sliceable:
+            return
+        job, upstream = running.job, running.upstream
+        key = self.policy.key(job, self.pools[job.spec.model], now)
+        if not running.started:
+            # Still in the engine's queue: what it was sent with no longer holds.
+            if abs(key - running.key) > self._margin(job):
+                running.key = key
+                if upstream.info.orders and len(upstream.queued_calls()) > 0:
+                    self._yield(running)
+            return
+        # Never twice within one window of the same job.
+        if job.preemptions == 0 or job.attained - running.base >= self.config.window:
+            upstream.offer(running, key)
+            self._settle_calls(upstream, now)
+
+    def _settle(self, job: Job, pool: Pool, now: float) -> None:
+        """``job`` waits, and nothing is free: should somebody yield to it?"""
+        if not self._elastic or not job.entry:
+            return
+        if job.home is not None:
+            self._settle_calls(self.upstreams[job.home], now)
+            return
+        worst: Upstream | None = None
+        worst_key: tuple[int, float] | None = None
+        for upstream in pool.upstreams:
+            victim = upstream.victim(now)
+            if victim is None:
+                continue
+            key = (victim.job.spec.rank, victim.key)
+            if worst_key is None or key > worst_key:
+                worst, worst_key = upstream, key
+        if worst is None and pool.upstreams:
+            worst = max(pool.upstreams, key=lambda u: len(u.unstarted))
+        if worst is not None:
+            self._settle_calls(worst, now)
+
+    def _settle_calls(self, upstream: Upstream, now: float) -> None:
+        """Compare who waits for ``upstream`` with who runs there; at most one is told to yield."""
+        if upstream.info.overcommit:
+            queued = upstream.queued_calls()
+            if queued:
+                self._settle_queued(upstream, queued, now)
+                return
+        victim = upstream.victim(now)
+        if victim is None or upstream.free - self._holds(upstream) > 0:
+            return
+        ending = (
+            len(upstream.running) and sum(1 for r in upstream.running.values() if r.ending) if upstream.closing else 0
+        )
+        head = self._nth_for(upstream, ending + 1, now)
+        if head is not None and self._deserves(head.rank, head.key, head.late, victim):
+            self._yield(victim)
+
+    def _settle_queued(self, upstream: Upstream, queued: list[Running], now: float) -> None:
+        """The engine keeps a queue: first the right calls must be in it, then the best of them may need a slot."""
+        head = self._best_for(upstream, now)
+        if head is not None and upstream.free <= 0:
+            worst = max(queued, key=lambda r: (r.job.spec.rank, r.key))
+            if self._deserves(head.rank, head.key, head.late, worst):
+                self._yield(worst)
+        victim = upstream.victim(now)
+        first = queued[0]
+        if victim is not None and not first.ending and self._deserves(first.job.spec.rank, first.key, 1, victim):
+            self._yield(victim)
+
+    def _deserves(self, rank: int, key: float, late: int, victim: Running) -> bool:
+        """Is a waiting job's key better than ``victim``'s by more than the seam costs? A higher class always is."""
+        its = victim.job.spec.rank
+        if rank != its:
+            return rank < its
+        # An overdue job is next for a slot, but evicts nobody: its key here is a due time.
+        return late == 1 and key + self._margin(victim.job) < victim.key
+
+    def _margin(self, job: Job) -> float:
+        return self.seam_tokens * self._pools_pace(job)
+
+    def _yield(self, running: Running) -> None:
+        self._end(running)
+        self._actions.append(Preempt(running.slice.id))
+
+    def _nth_for(self, upstream: Upstream, n: int, now: float) -> Head | None:
+        if n == 1:
+            return self._best_for(upstream, now)
+        heads = upstream.queue.best(n, now)
+        for model in upstream.info.models:
+            heads += self.pools[model].queue.best(n, now)
+        heads.sort()
+        return heads[n - 1] if len(heads) >= n else None
