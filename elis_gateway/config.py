@@ -1,0 +1,463 @@
+"""The shape of the YAML configuration: one frozen tree of pydantic models, and ``load``.
+
+Knows: every key, its type, its default and its meaning (the descriptions are the reference, docs/configuration.md is
+generated from them). Never: building what is configured; reading anything at import. Durations are seconds, lengths
+are tokens, sizes are bytes. What is wrong with a file is said in words by ``config_explain``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import field_validator as validates
+from pydantic import model_validator as validates_all
+
+from elis_gateway.config_explain import explain, overridden
+from elis_gateway.errors import ConfigError
+
+__all__ = ["Config", "dump", "from_mapping", "load"]
+
+NonNegative = Annotated[float, Field(ge=0)]
+Seconds = NonNegative
+Tokens = Annotated[int, Field(ge=1)]
+Bytes = Annotated[int, Field(ge=1)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Name = Annotated[str, Field(min_length=1)]
+
+EXTERNAL = "external"
+"""Tag of a policy or predictor that comes from outside this package."""
+
+
+class Section(BaseModel):
+    """What every section shares: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+# --- listeners ---------------------------------------------------------------------------------------------------
+
+
+class Server(Section):
+    """The public listener, which speaks the OpenAI API."""
+
+    host: str = "0.0.0.0"
+    """Address to listen on."""
+    port: Port = 8080
+    """Port to listen on; 0 picks a free one and logs it."""
+    keepalive_after: Seconds = 15.0
+    """A stream that has waited so long gets its status line and from then on SSE comments, so that no proxy
+    in between gives up."""
+    shutdown_grace: Seconds = 30.0
+    """How long requests in flight may take to finish after SIGTERM before their streams end with an error
+    event."""
+    max_body: Bytes = 32 * 1024 * 1024
+    """Largest request body accepted."""
+
+
+class Admin(Section):
+    """The admin listener: metrics and controls. Keep it off the public network."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: Port = 8081
+    """Port to listen on; 0 picks a free one and logs it."""
+
+
+# --- upstreams ---------------------------------------------------------------------------------------------------
+
+
+class Timeouts(Section):
+    """When a silent upstream counts as stalled."""
+
+    connect: Seconds = 5.0
+    """Longest wait for a connection."""
+    first_byte: Seconds = 300.0
+    """Longest wait for the first byte of an answer, the engine's own queue and prefill included."""
+    inter_token: Seconds = 60.0
+    """Longest silence within an answer."""
+
+
+class Health(Section):
+    """Probing, with hysteresis so that one lost probe moves nothing."""
+
+    path: str = "/health"
+    """Path probed with GET, relative to the upstream's URL without its /v1; 2xx is healthy."""
+    interval: Annotated[float, Field(gt=0)] = 2.0
+    """Time between probes."""
+    timeout: Annotated[float, Field(gt=0)] = 2.0
+    """Longest wait for a probe's answer."""
+    down_after: Annotated[int, Field(ge=1)] = 3
+    """Failed probes in a row that take the upstream out of service."""
+    up_after: Annotated[int, Field(ge=1)] = 2
+    """Good probes in a row that bring it back."""
+
+
+class TLS(Section):
+    """How an https upstream is verified, and what it sees of us."""
+
+    verify: bool = True
+    """Check the upstream's certificate and host name."""
+    ca: Path | None = None
+    """PEM file of the certificate authority to trust instead of the system's."""
+    cert: Path | None = None
+    """PEM file of our client certificate (with its private key, unless `key` names that)."""
+    key: Path | None = None
+    """PEM file of the client certificate's private key."""
+
+
+class Upstream(Section):
+    """One engine: a base URL and what is known of it. What is not known is probed."""
+
+    name: Name
+    """Name in logs, metrics and the admin API. Default: host and port of the URL."""
+    url: str
+    """Base URL, with or without the trailing /v1."""
+    api_key_env: str | None = None
+    """Environment variable that holds the upstream's API key. Clients' own keys are not passed on."""
+    models: tuple[Name, ...] = ()
+    """Models it serves. Empty: asked of its /v1/models."""
+    slots: Annotated[int, Field(ge=1)]
+    """Sequences the engine runs at once (vLLM: --max-num-seqs). Never set it higher than the engine's own
+    limit: what waits inside the engine is not ordered by us."""
+    overcommit: Annotated[int, Field(ge=0)] | None = None
+    """Calls kept in flight beyond `slots`. Default: scheduler.overcommit."""
+    engine_priority: Literal["auto", "on", "off"] = "auto"
+    """Whether the engine orders its own queue by the field `priority` (vLLM: --scheduling-policy priority).
+    auto: settled by a probe of its behaviour."""
+    continuation: Literal["auto", "ids", "text", "off"] = "auto"
+    """How a sliced answer goes on: by token ids, by text, or not at all (one call per request). auto: ids
+    where the upstream returns them, otherwise off."""
+    chat_parser: bool = False
+    """The engine runs with a reasoning or tool parser: chat requests are then one unsliced call each."""
+    context: Tokens | None = None
+    """The engine's context length, prompt and answer together. Default: asked of /v1/models where it says so.
+    The engine's context length, prompt and answer together. Default: asked of /v1/models where it says so."""
+    timeouts: Timeouts = Timeouts()
+    health: Health = Health()
+    tls: TLS = TLS()
+
+    @validates_all(mode="before")
+    @classmethod
+    def _named_by_its_address(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "name" not in data and isinstance(data.get("url"), str):
+            return {**data, "name": urlsplit(data["url"]).netloc or data["url"]}
+        return data
+
+    @validates("url")
+    @classmethod
+    def _is_http(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ValueError("expected a URL such as http://127.0.0.1:8000")
+        return url.rstrip("/").removesuffix("/v1")
+
+
+# --- scheduling --------------------------------------------------------------------------------------------------
+
+
+class FCFS(Section):
+    """First come, first served."""
+
+    kind: Literal["fcfs"]
+
+
+class RoundRobin(Section):
+    """Windows in turn, without any estimate."""
+
+    kind: Literal["round_robin"]
+
+
+class LAS(Section):
+    """Least attained service first: whoever has received the fewest tokens so far."""
+
+    kind: Literal["las"]
+
+
+class SJF(Section):
+    """Shortest predicted answer first, estimated once and never interrupted."""
+
+    kind: Literal["sjf"]
+    order: Literal["mean", "gittins"] = "gittins"
+    """Order by the estimate's mean, or by its Gittins index where the predictor knows a distribution."""
+
+
+class ISRTF(Section):
+    """Shortest predicted remaining time first, re-estimated after every window."""
+
+    kind: Literal["isrtf"]
+    order: Literal["mean", "gittins"] = "gittins"
+    """Order by the estimate's mean, or by its Gittins index where the predictor knows a distribution."""
+
+
+class ExternalPolicy(Section):
+    """Code of your own."""
+
+    kind: Name
+    """`package.module:Class`, or the name of an entry point in the group `elis_gateway.policies`."""
+    options: dict[str, Any] = {}
+    """Keyword arguments for its constructor."""
+
+
+def _kind(known: tuple[str, ...], what: str) -> Discriminator:
+    def tag(data: Any) -> str | None:
+        kind = data.get("kind") if isinstance(data, dict) else getattr(data, "kind", None)
+        if not isinstance(kind, str):
+            return None
+        if kind in known:
+            return kind
+        outside = ":" in kind or bool(entry_points(group=f"elis_gateway.{what}", name=kind))
+        return EXTERNAL if outside else kind
+
+    return Discriminator(tag)
+
+
+def _by_name(data: Any) -> Any:
+    """``policy: fcfs`` is short for ``policy: {kind: fcfs}``."""
+    return {"kind": data} if isinstance(data, str) else data
+
+
+Policy = Annotated[
+    Annotated[FCFS, Tag("fcfs")]
+    | Annotated[RoundRobin, Tag("round_robin")]
+    | Annotated[LAS, Tag("las")]
+    | Annotated[SJF, Tag("sjf")]
+    | Annotated[ISRTF, Tag("isrtf")]
+    | Annotated[ExternalPolicy, Tag(EXTERNAL)],
+    _kind(("fcfs", "round_robin", "las", "sjf", "isrtf"), "policies"),
+    BeforeValidator(_by_name),
+]
+
+
+class NoAging(Section):
+    """A waiting job's key is its remaining work alone. Long jobs may wait as long as short ones keep coming.
+    A waiting job's key is its remaining work alone. Long jobs may wait as long as short ones keep coming."""
+
+    kind: Literal["none"]
+
+
+class LinearAging(Section):
+    """Key: arrival + remaining seconds / a. Between FCFS (a large) and plain ISRTF (a small)."""
+
+    kind: Literal["linear"]
+    a: Annotated[float, Field(gt=0)] = 0.2
+    """Seconds of remaining work that one second of waiting makes up for."""
+
+
+class BoostAging(Section):
+    """Boost (Yu and Scully 2024): short jobs jump far, long ones are nearly first-come."""
+
+    kind: Literal["boost"]
+    factor: Annotated[float, Field(gt=0)] = 0.35
+    """g as a multiple of the decay rate γ, which is learned from the traffic. Smaller: a better mean; larger:
+    a better tail."""
+
+
+Aging = Annotated[
+    NoAging | LinearAging | BoostAging,
+    Field(discriminator="kind"),
+    BeforeValidator(_by_name),
+]
+
+
+class Queue(Section):
+    """What may wait, and for how long."""
+
+    max_jobs: Annotated[int, Field(ge=1)] = 10_000
+    """Jobs waiting before new ones are refused with 429."""
+    ttl: Seconds | None = None
+    """Longest time in the queue before a job that never ran is given up. Default: no limit."""
+    unavailable_timeout: Seconds = 30.0
+    """How long jobs wait while no upstream of their model is healthy before they get 503."""
+
+
+class Scheduler(Section):
+    """Who goes next, for how long, and who may be interrupted."""
+
+    policy: Policy = ISRTF(kind="isrtf")
+    """The order."""
+    window: Tokens = 50
+    """Tokens between two estimates of one job."""
+    mode: Literal["fixed", "elastic"] = "elastic"
+    """fixed: every upstream call asks for at most one window (the published method). elastic: a call goes on
+    until a waiting job deserves its slot by more than the seam's cost."""
+    rescore: Literal["always", "contended"] = "contended"
+    """always: a job waits for a fresh estimate after every fixed window, whether or not anyone else waits.
+    contended: only when somebody waits."""
+    seam_cost: Literal["auto"] | NonNegative = "auto"
+    """What interrupting and resuming costs, in decoded tokens. auto: learned while serving."""
+    overcommit: Annotated[int, Field(ge=0)] = 0
+    """Calls kept in flight beyond an upstream's slots, unless the upstream says otherwise. Pays only where
+    the engine orders its queue by priority."""
+    aging: Aging = BoostAging(kind="boost")
+    """How waiting makes up for length; for the policies that order by estimates (sjf, isrtf)."""
+    tail: Annotated[float, Field(ge=1)] | None = None
+    """Promise: the 99th percentile of completion time stays within this multiple of what plain first-come
+    would have given on the same traffic. Default: no promise."""
+    classes: dict[Name, int] = {"default": 0}
+    """Priority classes and their ranks, lower first; a client names its class in X-Elis-Class. Classes stand
+    above the policy."""
+    default_class: Name = "default"
+    """The class of a request that names none."""
+    queue: Queue = Queue()
+    retries: Annotated[int, Field(ge=0)] = 3
+    """Interrupted calls in a row without a token of progress before a job fails."""
+
+    @validates_all(mode="after")
+    def _default_class_exists(self) -> Scheduler:
+        if self.default_class not in self.classes:
+            raise ValueError(f"expected default_class to be one of the classes ({', '.join(self.classes)})")
+        return self
+
+
+# --- predictors --------------------------------------------------------------------------------------------------
+
+
+class NoPredictor(Section):
+    """No estimates: every policy that needs them is first-come."""
+
+    kind: Literal["none"]
+
+
+class ConstantPredictor(Section):
+    """Every answer is as long as the next."""
+
+    kind: Literal["constant"]
+    tokens: Annotated[float, Field(ge=1)] = 250.0
+    """The length of an answer."""
+
+
+class MaxTokensPredictor(Section):
+    """The client's own max_tokens is the estimate."""
+
+    kind: Literal["max_tokens"]
+
+
+class OraclePredictor(Section):
+    """Looks the length up in a recording; for experiments."""
+
+    kind: Literal["oracle"]
+    path: Path
+    """JSON Lines of {model, prompt_hash, tokens}."""
+
+
+class HistoryPredictor(Section):
+    """The running distribution of answer lengths by model and application."""
+
+    kind: Literal["history"]
+    path: Path | None = None
+    """File that keeps what was learned across restarts. Default: memory only."""
+
+
+class ExternalPredictor(Section):
+    """Code of your own."""
+
+    kind: Name
+    """`package.module:Class`, or the name of an entry point in the group `elis_gateway.predictors`."""
+    options: dict[str, Any] = {}
+    """Keyword arguments for its constructor."""
+    deadline: Seconds = 0.5
+    """Longest wait for what it computes off the event loop; then the previous estimate is counted down."""
+
+
+Predictor = Annotated[
+    Annotated[NoPredictor, Tag("none")]
+    | Annotated[ConstantPredictor, Tag("constant")]
+    | Annotated[MaxTokensPredictor, Tag("max_tokens")]
+    | Annotated[OraclePredictor, Tag("oracle")]
+    | Annotated[HistoryPredictor, Tag("history")]
+    | Annotated[ExternalPredictor, Tag(EXTERNAL)],
+    _kind(("none", "constant", "max_tokens", "oracle", "history"), "predictors"),
+    BeforeValidator(_by_name),
+]
+
+
+# --- being able to see inside ------------------------------------------------------------------------------------
+
+
+class Logging(Section):
+    """The process's own log, on standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """info has one line per finished job; debug has every prediction's life."""
+    format: Literal["text", "json"] = "text"
+    """For people, or for machines."""
+    prompts: Literal["full", "hash", "none"] = "hash"
+    """How prompts and answers appear in the traffic log: the text, a hash of it, or not at all."""
+
+
+class TrafficLog(Section):
+    """The opt-in record of every job, as rotated JSON Lines."""
+
+    path: Path | None = None
+    """File to write. Default: off."""
+    max_bytes: Bytes = 64 * 1024 * 1024
+    """Size at which the file is rotated."""
+    keep: Annotated[int, Field(ge=1)] = 5
+    """Rotated files kept."""
+
+
+class Config(Section):
+    """The whole configuration."""
+
+    server: Server = Server()
+    admin: Admin = Admin()
+    upstreams: tuple[Upstream, ...]
+    """The engines behind the gateway; at least one."""
+    models: dict[Name, Name] = {}
+    """Aliases: the name a client may ask for, and the model it gets."""
+    scheduler: Scheduler = Scheduler()
+    predictor: Predictor = HistoryPredictor(kind="history")
+    """Where estimates come from."""
+    logging: Logging = Logging()
+    traffic_log: TrafficLog = TrafficLog()
+
+    @validates("upstreams")
+    @classmethod
+    def _names_differ(cls, upstreams: tuple[Upstream, ...]) -> tuple[Upstream, ...]:
+        if not upstreams:
+            raise ValueError("expected at least one upstream")
+        names = [upstream.name for upstream in upstreams]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"expected different names; more than one upstream is called {', '.join(twice)}")
+        return upstreams
+
+
+def load(path: str | Path, environ: Mapping[str, str] | None = None) -> Config:
+    """Read a YAML file, apply the overrides of ``environ`` (default: the process's) and validate.
+
+    Raises:
+        ConfigError: unreadable file, bad YAML, or anything wrong within; one line per mistake.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected UTF-8 text: {error.reason} at byte {error.start}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    return from_mapping({} if data is None else data, os.environ if environ is None else environ)
+
+
+def from_mapping(data: Any, environ: Mapping[str, str] | None = None) -> Config:
+    """Validate what a YAML file held. No ``environ``, no overrides. Raises ``ConfigError`` as ``load`` does.
+    Validate what a YAML file held. No ``environ``, no overrides. Raises ``ConfigError`` as ``load`` does."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"expected a mapping of sections, got {type(data).__name__}")
+    data = overridden(data, environ or {})
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(explain(error, Config)) from None
+
+
+def dump(config: Config) -> str:
+    """The effective configuration as YAML, every default spelled out. ``load`` accepts it."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

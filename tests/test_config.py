@@ -1,0 +1,163 @@
+"""The configuration: what loads, what is refused, and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from elis_gateway import config
+from elis_gateway.config import Config, from_mapping
+from elis_gateway.errors import ConfigError
+
+CONFIGS = sorted(Path(__file__).parent.parent.joinpath("config").glob("*.yaml"))
+UPSTREAM = {"url": "http://engine:8000/v1", "slots": 4}
+
+
+def conf(**sections: Any) -> Config:
+    return from_mapping({"upstreams": [UPSTREAM], **sections})
+
+
+def complaint(**sections: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        conf(**sections)
+    return str(caught.value)
+
+
+def test_one_upstream_is_enough() -> None:
+    (upstream,) = conf().upstreams
+    assert (upstream.name, upstream.url, upstream.slots) == ("engine:8000", "http://engine:8000", 4)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"scheduler": {"windw": 3}}, "scheduler.windw: unknown key; did you mean 'window'?"),
+        ({"sheduler": {}}, "sheduler: unknown key; did you mean 'scheduler'?"),
+        (
+            {"scheduler": {"policy": {"kind": "fcfs", "order": "mean"}}},
+            "scheduler.policy.order: belongs to kind sjf or isrtf, not to this one",
+        ),
+        (
+            {"predictor": {"kind": "history", "tokens": 9}},
+            "predictor.tokens: belongs to kind constant, not to this one",
+        ),
+        (
+            {"scheduler": {"policy": "isrft"}},
+            "scheduler.policy.kind: expected one of fcfs, round_robin, las, sjf, isrtf, or package.module:Class, "
+            "got 'isrft'; did you mean 'isrtf'?",
+        ),
+        (
+            {"scheduler": {"aging": {}}},
+            "scheduler.aging: expected a key 'kind', one of none, linear, boost",
+        ),
+        (
+            {"scheduler": {"seam_cost": -1}},
+            "scheduler.seam_cost: expected 'auto', got -1; or greater than or equal to 0, got -1",
+        ),
+        ({"scheduler": {"mode": "elast"}}, "scheduler.mode: expected 'fixed' or 'elastic', got 'elast'"),
+        ({"scheduler": {"default_class": "x"}}, "scheduler: expected default_class to be one of the classes (default)"),
+        ({"server": {"port": 99999}}, "server.port: expected less than or equal to 65535, got 99999"),
+        ({"upstreams": []}, "upstreams: expected at least one upstream"),
+        ({"upstreams": [{"url": "http://a"}]}, "upstreams[0].slots: required, but not there"),
+        (
+            {"upstreams": [UPSTREAM, {"url": "engine", "slots": 1}]},
+            "upstreams[1].url: expected a URL such as http://127.0.0.1:8000",
+        ),
+        (
+            {"upstreams": [UPSTREAM, UPSTREAM]},
+            "upstreams: expected different names; more than one upstream is called engine:8000",
+        ),
+        (
+            {"upstreams": [{**UPSTREAM, "timeouts": {"conect": 1}}]},
+            "upstreams[0].timeouts.conect: unknown key; did you mean 'connect'?",
+        ),
+        ({"predictor": "oracle"}, "predictor.path: required, but not there"),
+        ({"traffic_log": {"zzz": 1}}, "traffic_log.zzz: unknown key; expected one of path, max_bytes, keep"),
+    ],
+)
+def test_a_mistake_is_named_by_place_and_expectation(sections: dict[str, Any], words: str) -> None:
+    assert complaint(**sections) == words
+
+
+def test_every_mistake_has_its_line() -> None:
+    assert complaint(server={"prt": 1}, logging={"level": "loud"}).splitlines() == [
+        "server.prt: unknown key; did you mean 'port'?",
+        "logging.level: expected 'debug', 'info', 'warning' or 'error', got 'loud'",
+    ]
+
+
+def test_a_class_of_ones_own() -> None:
+    policy = conf(scheduler={"policy": {"kind": "mine.policy:Longest", "options": {"bias": 2}}}).scheduler.policy
+    assert policy.model_dump() == {"kind": "mine.policy:Longest", "options": {"bias": 2}}
+
+
+def test_the_environment_overrides() -> None:
+    changed = from_mapping(
+        {"upstreams": [UPSTREAM], "scheduler": {"policy": "isrtf"}},
+        {
+            "ELIS__SCHEDULER__WINDOW": "25",
+            "ELIS__SCHEDULER__POLICY__ORDER": "mean",
+            "ELIS__UPSTREAMS__0__SLOTS": "8",
+            "ELIS__UPSTREAMS__1": "{url: 'http://b', slots: 1, models: [m]}",
+            "ELIS__TRAFFIC_LOG__PATH": "null",
+            "ELISABETH": "unrelated",
+        },
+    )
+    assert changed.scheduler.window == 25
+    assert changed.scheduler.policy.model_dump() == {"kind": "isrtf", "order": "mean"}
+    assert [(u.name, u.slots, u.models) for u in changed.upstreams] == [("engine:8000", 8, ()), ("b", 1, ("m",))]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("ELIS__SCHEDULER__WINDW", "3", "scheduler.windw: unknown key"),
+        ("ELIS__UPSTREAMS__7__SLOTS", "3", "ELIS__UPSTREAMS__7__SLOTS: expected an index of the list, 0 to 1, got '7'"),
+        ("ELIS__SERVER__PORT__X", "3", "ELIS__SERVER__PORT__X: 'x' is set on a value that has no keys"),
+        ("ELIS__SERVER", "{", "ELIS__SERVER: not valid YAML"),
+    ],
+)
+def test_a_wrong_override_is_refused(name: str, value: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=r"ELIS|unknown") as caught:
+        from_mapping({"upstreams": [UPSTREAM], "server": {"port": 1}}, {name: value})
+    assert str(caught.value).startswith(words)
+
+
+@pytest.mark.parametrize("text", ["- a\n", "a: [\n", "\0"])
+def test_a_file_that_is_no_mapping(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        config.load(path, {})
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        config.load(tmp_path / "none.yaml", {})
+
+
+def test_the_tree_is_frozen() -> None:
+    with pytest.raises(ValidationError):
+        conf().server.port = 1  # type: ignore[misc]
+
+
+def test_the_effective_configuration_loads_again(tmp_path: Path) -> None:
+    once = conf(scheduler={"policy": "sjf", "aging": "linear"}, predictor={"kind": "history", "path": "/tmp/h"})
+    path = tmp_path / "again.yaml"
+    path.write_text(config.dump(once))
+    assert config.load(path, {}) == once
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_what_ships_loads(path: Path) -> None:
+    assert config.load(path, {}).upstreams
+
+
+def test_isrtf_yaml_is_the_method_as_published() -> None:
+    shipped = config.load(Path(__file__).parent.parent / "config" / "isrtf.yaml", {}).scheduler
+    assert shipped.policy.model_dump() == {"kind": "isrtf", "order": "mean"}
+    assert (shipped.window, shipped.mode, shipped.rescore) == (50, "fixed", "always")
+    assert (shipped.aging.kind, shipped.tail, shipped.overcommit) == ("none", None, 0)
