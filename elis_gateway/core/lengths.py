@@ -68,8 +68,8 @@ def solve_gamma(arrival_rate: float, shares: list[tuple[float, float]], seconds_
     """The decay rate of first-come's response tail: the positive root of γ = λ(E[exp(γS)] - 1), in 1/s.
 
     ``shares``: answer lengths in tokens with probabilities; S is their service time at ``seconds_per_token`` *of the
-    whole pool* (one slot's seconds per token over the number of slots). Yu and Scully 2024. At load 1 and above there is no positive root;
-    the load is then taken as 0.99, so the result stays positive and small.
+    whole pool* (one slot's seconds per token over the number of slots). Yu and Scully 2024. At load 1 and above there
+    is no positive root; the load is then taken as 0.99, so the result stays positive and small.
     """
     if not shares or arrival_rate <= 0.0:
         return 0.0

@@ -117,10 +117,10 @@ class LAS:
 class Aging:
     """How the time waited counts against the work left: ``arrival - boost(remaining seconds)``.
 
-    ``none``: not at all, the key is the remaining work. ``linear``: boost = -remaining / a, between first-come (large a)
-    and ISRTF (a near 0). ``boost``: (1/g) log(1 / (1 - exp(-g remaining / k))) with k slots and g = ``factor`` x gamma (Yu and Scully,
-    "Strongly tail-optimal scheduling in the light-tailed M/G/1", 2024): short jobs jump far, long ones are nearly
-    first-come. Until gamma is known, ``boost`` is ``none``'s order among jobs of the same arrival: plain remaining work.
+    ``none``: not at all, the key is the remaining work. ``linear``: boost = -remaining / a, between ISRTF (a near 0)
+    and first-come (large a). ``boost``: (1/g) log(1 / (1 - exp(-g remaining / k))), k slots, g = ``factor`` x gamma
+    (Yu and Scully, "Strongly tail-optimal scheduling in the light-tailed M/G/1", 2024): short jobs jump far, long ones
+    are nearly first-come.
     """
 
     __slots__ = ("a", "factor", "kind")
@@ -167,7 +167,7 @@ class SJF:
 
 
 class ISRTF(SJF):
-    """Iterative shortest remaining time first (ELIS, arXiv 2505.09142): re-predicted and re-ordered after every window."""
+    """Iterative shortest remaining time first (ELIS, arXiv 2505.09142): re-predicted, re-ordered every window."""
 
     name = "isrtf"
     preempts = True
@@ -183,7 +183,7 @@ _BUILT_IN: dict[str, Callable[..., Policy]] = {
 
 
 def make_policy(kind: str, **options: object) -> Policy:
-    """A built-in policy by name. Raises ValueError for an unknown name or option value, TypeError for an unknown option."""
+    """A built-in policy by name. Raises ValueError for a bad name or value, TypeError for an unknown option."""
     try:
         build = _BUILT_IN[kind]
     except KeyError:

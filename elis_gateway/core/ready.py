@@ -80,7 +80,7 @@ class ReadyQueue:
         return Head(entry[0], 1, entry[1], entry[2], entry[3])
 
     def best(self, count: int, now: float) -> list[Head]:
-        """The ``count`` jobs that should run next, in order, without taking them. O(count log count) and stale entries."""
+        """The ``count`` jobs that should run next, in order, without taking them. O(count log count)."""
         first = self.head(now)
         if first is None:
             return []

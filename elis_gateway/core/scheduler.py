@@ -13,7 +13,8 @@ News of a job that is DONE is dropped. News of an unknown slice is a bug and rai
 
 After every input free slots are filled (work conserving), with two named exceptions: a slot held for the estimate of
 the job that just left it, and a job that waits for its warm home because prefilling it elsewhere would cost more than
-the wait. Where the engine keeps a queue of its own (``overcommit``), calls in flight never exceed ``slots + overcommit``.
+the wait. Where the engine keeps a queue of its own (``overcommit``), calls in flight
+never exceed ``slots + overcommit``.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class SchedulerConfig:
 
     window: int = 50
     mode: Literal["fixed", "elastic"] = "elastic"
-    """``fixed``: every call asks for at most one window. ``elastic``: for all that remains, and yields when asked to."""
+    """``fixed``: every call asks for at most one window. ``elastic``: for all that remains, and yields when asked."""
     estimates: bool = True
     """There is a predictor. Without one, a policy that needs estimates is first-come."""
     rescore: Literal["always", "contended"] = "contended"
@@ -314,7 +315,7 @@ class Scheduler:
         return self.upstreams[job.home].queue if job.home is not None else self.pools[job.spec.model].queue
 
     def _enqueue(self, job: Job, now: float, *, place: bool = True) -> None:
-        """READY: straight into a free slot where there is one, else into the queue. ``place`` False: the caller fills."""
+        """READY: straight into a free slot where there is one, else the queue. ``place`` False: the caller fills."""
         held = self._held.pop(job.spec.id, None)
         job.state = _READY
         job.ready_since = now
@@ -323,6 +324,8 @@ class Scheduler:
             home = self.upstreams.get(job.home)
             if home is None or not home.info.slots or job.spec.model not in home.info.models:
                 job.home = None
+        if job.home is None:
+            held, place = None, True
         if place and held is None:
             upstream = self._free_upstream(job, pool, now)
             if upstream is not None:
@@ -429,6 +432,8 @@ class Scheduler:
         if job.first_run is None:
             job.first_run = now
         self._actions.append(Run(slice_))
+        if upstream.info.overcommit and self._elastic:
+            self._settle_calls(upstream, now)
 
     def _release(self, running: Running) -> None:
         upstream = running.upstream
