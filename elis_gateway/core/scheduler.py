@@ -127,25 +127,8 @@ class Scheduler:
     def slice_started(self, slice_id: int, now: float) -> list[Action]:
         """The slice's first token arrived. Optional for drivers whose slices always start at once."""
         running = self._slices[slice_id]
-        if running.started:
-            return []
-        running.started = True
-        upstream, job = running.upstream, running.job
-        upstream.unstarted.pop(slice_id, None)
-        if running.ending:
-            upstream.closing += 1
-        if job.first_token is None:
-            job.first_token = now
-        elif self.config.seam_cost is None and len(upstream.running) <= upstream.info.slots:
-            # The first token of a continuation is late by the seam: what preempting this job has cost.
-            pace = self._pools_pace(job)
-            seam = min(max((now - running.sent) / pace - 1.0, 0.0), 200.0)
-            self.seam_tokens += 0.05 * (seam - self.seam_tokens)
-        running.mark_at = now
-        running.mark_tokens = job.attained + 1
-        if job.state is _RUNNING and self._elastic and job.spec.sliceable and job.preemptions == 0:
-            upstream.offer(running, running.key)
-            self._settle_calls(upstream, now)
+        if not running.started:
+            self._begun(running, now)
         return self._take()
 
     def window_passed(self, slice_id: int, attained: int, now: float) -> list[Action]:
@@ -155,7 +138,7 @@ class Scheduler:
         if job.state is not _RUNNING:
             return []
         if not running.started:
-            self.slice_started(slice_id, now)
+            self._begun(running, now)
         self._measure(running, attained, now)
         job.attained = attained
         job.failures = 0
@@ -443,7 +426,26 @@ class Scheduler:
             upstream.ending -= 1
             upstream.closing -= not unstarted
 
-    # ---- after a slice ----------------------------------------------------------------------------------------
+    # ---- during and after a slice ----------------------------------------------------------------------------------------
+
+    def _begun(self, running: Running, now: float) -> None:
+        running.started = True
+        upstream, job = running.upstream, running.job
+        upstream.unstarted.pop(running.slice.id, None)
+        if running.ending:
+            upstream.closing += 1
+        if job.first_token is None:
+            job.first_token = now
+        elif self.config.seam_cost is None and len(upstream.running) <= upstream.info.slots:
+            # The first token of a continuation is late by the seam: what preempting this job has cost.
+            pace = self._pools_pace(job)
+            seam = min(max((now - running.sent) / pace - 1.0, 0.0), 200.0)
+            self.seam_tokens += 0.05 * (seam - self.seam_tokens)
+        running.mark_at = now
+        running.mark_tokens = job.attained + 1
+        if job.state is _RUNNING and self._elastic and job.spec.sliceable and job.preemptions == 0:
+            upstream.offer(running, running.key)
+            self._settle_calls(upstream, now)
 
     def _continue(self, job: Job, upstream: Upstream, now: float) -> None:
         """A fixed window is over and the answer goes on."""
