@@ -138,7 +138,7 @@ class Upstream(Section):
     """The engine runs with a reasoning or tool parser: chat requests are then one unsliced call each."""
     context: Tokens | None = None
     """The engine's context length, prompt and answer together. Default: asked of /v1/models where it says so.
-    The engine's context length, prompt and answer together. Default: asked of /v1/models where it says so."""
+    """
     timeouts: Timeouts = Timeouts()
     health: Health = Health()
     tls: TLS = TLS()
@@ -236,8 +236,7 @@ Policy = Annotated[
 
 
 class NoAging(Section):
-    """A waiting job's key is its remaining work alone. Long jobs may wait as long as short ones keep coming.
-    A waiting job's key is its remaining work alone. Long jobs may wait as long as short ones keep coming."""
+    """A waiting job's key is its remaining work alone. Long jobs may wait as long as short ones keep coming."""
 
     kind: Literal["none"]
 
@@ -447,8 +446,7 @@ def load(path: str | Path, environ: Mapping[str, str] | None = None) -> Config:
 
 
 def from_mapping(data: Any, environ: Mapping[str, str] | None = None) -> Config:
-    """Validate what a YAML file held. No ``environ``, no overrides. Raises ``ConfigError`` as ``load`` does.
-    Validate what a YAML file held. No ``environ``, no overrides. Raises ``ConfigError`` as ``load`` does."""
+    """Validate what a YAML file held. No ``environ``, no overrides. Raises ``ConfigError`` as ``load`` does."""
     if not isinstance(data, dict):
         raise ConfigError(f"expected a mapping of sections, got {type(data).__name__}")
     data = overridden(data, environ or {})

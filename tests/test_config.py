@@ -141,7 +141,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 def test_the_tree_is_frozen() -> None:
     with pytest.raises(ValidationError):
-        conf().server.port = 1  # type: ignore[misc]
+        conf().server.port = 1
 
 
 def test_the_effective_configuration_loads_again(tmp_path: Path) -> None:

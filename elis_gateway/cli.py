@@ -1,0 +1,228 @@
+"""The command line: one command, ``elis-gateway``, with its sub-commands.
+
+Knows: the sub-commands, and that the serving loop is uvloop (chosen here and nowhere else). Never: scheduling, HTTP
+handling. What a sub-command needs is imported inside it, so that ``--help`` and completion are quick and a missing
+extra is answered with the pip command that brings it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+from click.shell_completion import get_completion_class
+
+from elis_gateway import __version__
+from elis_gateway.errors import ConfigError, GatewayError, MissingExtra
+
+__all__ = ["cli", "main"]
+
+PROGRAM = "elis-gateway"
+
+_ELSEWHERE = {
+    "loadtest": ("loadtest.cli", "loadtest", "The same work under different policies: workloads, runs, the demo."),
+}
+"""Groups that live in packages of their own: module, extra that brings what it imports, short help."""
+
+
+class _Failure(click.ClickException):
+    """``Error: message`` on standard error. Exit status 2: command line or installation are wrong; 1: the rest."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc]
+
+
+class _Commands(click.Group):
+    """Finds the groups of ``_ELSEWHERE`` when they are asked for, and says our errors without a traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *_ELSEWHERE])
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _ELSEWHERE:
+            return super().get_command(ctx, name)
+        module, extra, _ = _ELSEWHERE[name]
+        return _imported(module, extra, f"{PROGRAM} {name}")
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """As click does it, but without importing what is only listed."""
+        rows = [(name, command.get_short_help_str(70)) for name, command in self.commands.items()]
+        rows += [(name, help) for name, (_, _, help) in _ELSEWHERE.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(rows))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GatewayError as error:
+            raise _Failure(str(error), 2 if isinstance(error, ConfigError | MissingExtra) else 1) from error
+
+
+def _imported(module: str, extra: str, what: str) -> click.Command:
+    try:
+        command = import_module(module).cli
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("elis_gateway", "loadtest", "onnx_export"):
+            raise
+        raise _Failure(str(MissingExtra(extra, what)), 2) from error
+    assert isinstance(command, click.Command)
+    return command
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog=f"Shell completion: {PROGRAM} completion --help",
+)
+@click.version_option(__version__, "-V", "--version", prog_name=PROGRAM)
+def cli() -> None:
+    """A reverse proxy for OpenAI-compatible LLM servers: the request with the least left to generate goes first."""
+
+
+_config_file = click.argument("path", metavar="CONFIG.yaml", type=click.Path(dir_okay=False, path_type=Path))
+
+
+@cli.command()
+@_config_file
+def serve(path: Path) -> None:
+    """Run the gateway.
+
+    SIGTERM or Ctrl-C stops it gracefully, SIGHUP reads the configuration again.
+    Any key of the file can be overridden by environment: ELIS__SCHEDULER__WINDOW=25.
+    """
+    from elis_gateway import app, config, logs
+
+    effective = config.load(path)
+    logs.setup(effective.logging.level, effective.logging.format)
+    _run(app.serve(effective, reload=lambda: config.load(path)))
+
+
+@cli.command("check-config")
+@_config_file
+@click.option("-q", "--quiet", is_flag=True, help="Only say what is wrong.")
+def check_config(path: Path, quiet: bool) -> None:
+    """Validate a configuration and print what is in effect.
+
+    That is the file, overridden by the environment (ELIS__SECTION__KEY), with every default spelled out.
+    """
+    from elis_gateway import config
+
+    effective = config.load(path)
+    if not quiet:
+        click.echo(config.dump(effective), nl=False)
+
+
+@cli.command("sim-engine")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8100, show_default=True, help="0: any free port, printed at the start.")
+@click.option(
+    "--model", "models", multiple=True, default=("sim",), show_default=True, help="Name it serves; repeatable."
+)
+@click.option(
+    "--engine", default="default", show_default=True, help="Engine model: a JSON file, or a shipped one's name."
+)
+@click.option("--slots", type=click.IntRange(min=1), help="Sequences run at once, instead of the engine model's.")
+@click.option("--speed", default=1.0, show_default=True, help="Modelled seconds per real second.")
+@click.option(
+    "--replay", type=click.Path(exists=True, dir_okay=False), help="Speak recorded answers from this JSONL file."
+)
+@click.option("--max-model-len", default=8192, show_default=True, help="Tokens of prompt and answer together.")
+@click.option(
+    "--priority",
+    type=click.Choice(["honour", "ignore", "refuse"]),
+    default="ignore",
+    show_default=True,
+    help="What it does with the field `priority`.",
+)
+@click.option("--token-ids/--no-token-ids", default=True, show_default=True, help="Whether it returns token ids.")
+@click.option("--seed", default=0, show_default=True, help="Of sampled requests that bring none.")
+def sim_engine(
+    host: str,
+    port: int,
+    models: tuple[str, ...],
+    engine: str,
+    slots: int | None,
+    speed: float,
+    replay: str | None,
+    max_model_len: int,
+    priority: Literal["honour", "ignore", "refuse"],
+    token_ids: bool,
+    seed: int,
+) -> None:
+    """Run the embedded engine.
+
+    An OpenAI-compatible server over a model of a batching engine, for trying things out and for tests.
+    """
+    from dataclasses import replace
+
+    from elis_gateway import logs
+    from elis_gateway.sim.engine import EngineModel
+    from elis_gateway.sim.server import make_app
+    from elis_gateway.sim.server_config import ServerConfig
+
+    model = EngineModel.load(engine)
+    if slots is not None:
+        model = replace(model, slots=slots)
+    logs.setup()
+    config = ServerConfig(
+        host=host,
+        port=port,
+        models=models,
+        engine=model,
+        speed=speed,
+        replay=replay,
+        max_model_len=max_model_len,
+        priority=priority,
+        token_ids=token_ids,
+        seed=seed,
+    )
+    _run(_listen(make_app(config), host, port))
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of a shell.
+
+    \b
+    bash:  eval "$(elis-gateway completion bash)"        in ~/.bashrc
+    zsh:   eval "$(elis-gateway completion zsh)"         in ~/.zshrc
+    fish:  elis-gateway completion fish > ~/.config/fish/completions/elis-gateway.fish
+    """
+    complete = get_completion_class(shell)
+    assert complete is not None
+    click.echo(complete(cli, {}, PROGRAM, "_ELIS_GATEWAY_COMPLETE").source())
+
+
+async def _listen(app: Any, host: str, port: int) -> None:
+    """Serve an aiohttp application until cancelled."""
+    from aiohttp import web
+
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port).start()
+        click.echo(f"listening on http://{host}:{runner.addresses[0][1]}")
+        await asyncio.Event().wait()
+    finally:
+        await runner.cleanup()
+
+
+def _run(coroutine: Coroutine[Any, Any, None]) -> None:
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        try:
+            runner.run(coroutine)
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    cli(prog_name=PROGRAM)

@@ -1,0 +1,64 @@
+"""The command line: what it says, and with which exit status."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from elis_gateway import __version__, config
+from elis_gateway.cli import cli
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*args: str) -> Result:
+    return CliRunner().invoke(cli, args, prog_name="elis-gateway")
+
+
+def test_help_names_every_command_without_importing_the_other_packages() -> None:
+    result = run("--help")
+    for name in ("serve", "check-config", "sim-engine", "loadtest", "completion"):
+        assert f"  {name}" in result.output
+
+
+def test_version() -> None:
+    assert run("--version").output == f"elis-gateway, version {__version__}\n"
+
+
+def test_check_config_prints_what_is_in_effect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELIS__SCHEDULER__WINDOW", "25")
+    result = run("check-config", str(ROOT / "config" / "isrtf.yaml"))
+    assert result.exit_code == 0
+    path = tmp_path / "printed.yaml"
+    path.write_text(result.output)
+    assert config.load(path, {}).scheduler.window == 25
+
+
+def test_check_config_says_what_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("upstreams: [{url: 'http://a', slots: 1}]\nscheduler: {windw: 3}\n")
+    result = run("check-config", str(path))
+    assert result.exit_code == 2
+    assert result.output == "Error: scheduler.windw: unknown key; did you mean 'window'?\n"
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_completion(shell: str) -> None:
+    assert "_ELIS_GATEWAY_COMPLETE" in run("completion", shell).output
+
+
+def test_a_missing_extra_is_answered_with_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "loadtest"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    result = run("loadtest", "--help")
+    assert result.exit_code == 2
+    assert "pip install 'elis-gateway[loadtest]'" in result.output
+
+
+@pytest.mark.parametrize("command", ["serve", "check-config", "sim-engine"])
+def test_every_command_explains_itself(command: str) -> None:
+    assert run(command, "--help").output.startswith(f"Usage: elis-gateway {command}")
