@@ -63,7 +63,7 @@ class Running:
 class Upstream:
     """One upstream's slots, its slices in flight, and the jobs whose prefix it has cached."""
 
-    __slots__ = ("_victims", "closing", "ending", "info", "queue", "running", "unstarted")
+    __slots__ = ("_victims", "closing", "ending", "held", "info", "queue", "running", "unstarted")
 
     def __init__(self, info: UpstreamInfo) -> None:
         self.info = info
@@ -73,15 +73,17 @@ class Upstream:
         """Started slices that were told to end."""
         self.ending = 0
         """All slices that were told to end, those still in the engine's queue too."""
+        self.held = 0
+        """Slots kept free until the fresh estimate of the job that left them has come."""
         self.unstarted: dict[int, Running] = {}
         """Slices sent whose first token has not come: in prefill, or in the engine's own queue."""
         self._victims: list[tuple[int, float, int, int, Running]] = []
 
     @property
     def free(self) -> int:
-        """Calls that may still be sent."""
+        """Calls that may still be sent; a held slot is not free."""
         info = self.info
-        return info.slots + info.overcommit - len(self.running) if info.slots else 0
+        return info.slots + info.overcommit - len(self.running) - self.held if info.slots else 0
 
     @property
     def load(self) -> float:

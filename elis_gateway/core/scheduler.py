@@ -299,14 +299,12 @@ class Scheduler:
 
     def _enqueue(self, job: Job, now: float, *, place: bool = True) -> None:
         """READY: straight into a free slot where there is one, else the queue. ``place`` False: the caller fills."""
-        held = self._held.pop(job.spec.id, None)
+        held = self._unhold(job) if self._held else None
         job.state = _READY
         job.ready_since = now
         pool = self.pools[job.spec.model]
-        if job.home is not None:
-            home = self.upstreams.get(job.home)
-            if home is None or not home.info.slots or job.spec.model not in home.info.models:
-                job.home = None
+        if job.home is not None and not self._is_warm(job):
+            job.home = None
         if job.home is None:
             held, place = None, True
         if place and held is None:
@@ -322,6 +320,10 @@ class Scheduler:
         elif place:
             self._settle(job, pool, now)
 
+    def _is_warm(self, job: Job) -> bool:
+        home = self.upstreams.get(job.home)  # type: ignore[arg-type]
+        return home is not None and home.info.slots > 0 and job.spec.model in home.info.models
+
     def _rekey(self, job: Job, now: float) -> None:
         """A waiting job's key changed: a new entry; the old one goes stale."""
         pool = self.pools[job.spec.model]
@@ -334,7 +336,7 @@ class Scheduler:
         """The slot a job that just became READY may take at once: its warm home, else the least loaded that pays."""
         best: Upstream | None = None
         for upstream in pool.upstreams:
-            if upstream.free - self._holds(upstream) <= 0:
+            if upstream.free <= 0:
                 continue
             if upstream.info.id == job.home:
                 return upstream
@@ -356,12 +358,16 @@ class Scheduler:
         left = remaining_tokens(job, self.pools[job.spec.model])
         return min(left, float(self.config.window)) if self._fixed else left
 
-    def _holds(self, upstream: Upstream) -> int:
-        return sum(1 for u in self._held.values() if u is upstream) if self._held else 0
+    def _unhold(self, job: Job) -> Upstream | None:
+        """The slot kept for ``job``'s estimate, given back."""
+        upstream = self._held.pop(job.spec.id, None)
+        if upstream is not None:
+            upstream.held -= 1
+        return upstream
 
     def _fill(self, upstream: Upstream, now: float) -> None:
         """Give every free slot of ``upstream`` to the best job that may run there."""
-        while upstream.free - self._holds(upstream) > 0:
+        while upstream.free > 0:
             head = self._best_for(upstream, now)
             if head is None:
                 head = self._stray(upstream, now)
@@ -426,7 +432,7 @@ class Scheduler:
             upstream.ending -= 1
             upstream.closing -= not unstarted
 
-    # ---- during and after a slice ----------------------------------------------------------------------------------------
+    # ---- during and after a slice ------------------------------------------------------------------------------
 
     def _begun(self, running: Running, now: float) -> None:
         running.started = True
@@ -456,6 +462,7 @@ class Scheduler:
             # The slot is held: who gets it depends on what this job's fresh estimate says.
             job.state = _ESTIMATING
             self._held[job.spec.id] = upstream
+            upstream.held += 1
             self._actions.append(AskEstimate(job))
         else:
             self._enqueue(job, now, place=False)
@@ -471,7 +478,7 @@ class Scheduler:
         self._enqueue(job, now)
 
     def _drop(self, job: Job, outcome: Outcome, cause: str, now: float) -> None:
-        held = self._held.pop(job.spec.id, None)
+        held = self._unhold(job)
         if job.state is _READY:
             self._queue_of(job).discard(job)
             job.waited += now - job.ready_since
@@ -562,7 +569,7 @@ class Scheduler:
                 self._settle_queued(upstream, queued, now)
                 return
         victim = upstream.victim(now)
-        if victim is None or upstream.free - self._holds(upstream) > 0:
+        if victim is None or upstream.free > 0:
             return
         ending = (
             len(upstream.running) and sum(1 for r in upstream.running.values() if r.ending) if upstream.closing else 0

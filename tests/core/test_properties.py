@@ -194,7 +194,7 @@ class Machine(RuleBasedStateMachine):
             return
         s = self.scheduler
         for upstream in s.upstreams.values():
-            if upstream.free - s._holds(upstream) <= 0:
+            if upstream.free <= 0:
                 continue
             assert upstream.queue.live == 0
             for model in upstream.info.models:
