@@ -10,6 +10,7 @@ order: the engines' events, late estimates and deliveries, the scheduler's deadl
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from heapq import heappop, heappush
 from math import inf
@@ -190,9 +191,14 @@ class _Simulation:
         for outage in outages:
             self._at(outage.at, self._down, outage.upstream)
             self._at(outage.until, self._up, outage.upstream)
+        # A run makes millions of short-lived objects and no cycles: looking for them costs a fifth of the time.
+        collecting = gc.isenabled()
+        gc.disable()
         try:
             end = self._run()
         finally:
+            if collecting:
+                gc.enable()
             if self._loop is not None:
                 self._loop.close()
         records = [self._records[job.id] for job in self._workload]

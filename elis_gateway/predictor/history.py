@@ -1,0 +1,235 @@
+"""The running distribution of answer lengths, by model and application. Who asks tells more than what is asked.
+
+Knows: which lengths were seen, and how much to believe them. Never: text, clocks, the scheduler.
+
+Lengths are counted in bins of constant relative width. For every bin the *hazard* is kept, the share of answers
+ending there among those that came so far: the Kaplan-Meier estimate (1958), which uses a cancelled or cut-off answer
+for what it is, one that lasted at least so long. An application's hazards lean on its model's, those on everyone's,
+and those on a broad guess, each counting as ``strength`` answers at risk in every bin: a new application starts as its
+model's average, and where none of its answers ever came, it says nothing about what comes next. What remains after
+``attained`` tokens follows from the hazards beyond. Old answers fade: after ``horizon`` newer ones of the same
+application, one counts 1/e.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from elis_gateway.predictor.base import Estimate, View
+from elis_gateway.predictor.gittins import BINS, EDGES, LengthTable, bin_of, lognormal_hazards
+
+__all__ = ["History"]
+
+_log = logging.getLogger(__name__)
+
+_VERSION = 1
+_PRIOR = lognormal_hazards(median=200.0, sigma=1.3)
+_KNOWN = ("ended", "lasted", "partly")
+
+
+class _Lengths:
+    """One distribution: decaying counts, and the table made from them."""
+
+    __slots__ = ("built", "changes", "ended", "fresh", "hazards", "lasted", "parent", "partly", "seen", "table", "unit")
+
+    def __init__(self, parent: _Lengths | None) -> None:
+        self.parent = parent
+        self.ended = array("d", bytes(8 * BINS))
+        """Answers that ended in each bin."""
+        self.lasted = array("d", bytes(8 * BINS))
+        """Answers last seen alive in it."""
+        self.partly = array("d", bytes(8 * BINS))
+        """How far into the bin those were, as shares of it, summed."""
+        self.unit = 1.0
+        """What one answer counts now; grows, so that older ones fade without being touched."""
+        self.seen = 0.0
+        """Answers counted, in today's units."""
+        self.changes = 0
+        """Answers since the beginning."""
+        self.fresh = 0
+        """``changes`` at which the table must be made anew."""
+        self.built = 0
+        """``changes`` of the parent when the table was made."""
+        self.hazards: array[float] = _PRIOR
+        self.table: LengthTable | None = None
+
+    def add(self, tokens: int, complete: bool, growth: float) -> None:
+        """``growth``: how much more the next answer counts than this one."""
+        unit = self.unit
+        if complete:
+            self.ended[bin_of(tokens - 1)] += unit
+        else:
+            i = bin_of(tokens)
+            self.lasted[i] += unit
+            self.partly[i] += unit * min(1.0, (tokens - EDGES[i]) / (EDGES[i + 1] - EDGES[i]))
+        self.seen = self.seen / growth + 1.0
+        self.changes += 1
+        self.unit = unit * growth
+        if self.unit > 1e9:
+            self._rescale()
+
+    def _rescale(self) -> None:
+        for counts in (self.ended, self.lasted, self.partly):
+            for i, count in enumerate(counts):
+                counts[i] = count / self.unit
+        self.unit = 1.0
+
+    def current(self, strength: float) -> LengthTable:
+        """The table, made anew where enough has been learned: 3 % more answers here, or 20 % more at the parent."""
+        parent = self.parent
+        stale = self.table is None or self.changes >= self.fresh
+        if parent is not None and not stale and parent.changes > 1.2 * self.built + 16:
+            stale = True
+        return self._build(strength) if stale or self.table is None else self.table
+
+    def _build(self, strength: float) -> LengthTable:
+        prior: Sequence[float] = _PRIOR
+        if self.parent is not None:
+            self.parent.current(strength)
+            prior = self.parent.hazards
+            self.built = self.parent.changes
+        hazards = array("d", bytes(8 * BINS))
+        ended, lasted, partly = self.ended, self.lasted, self.partly
+        weight = strength * self.unit
+        beyond = 0.0
+        for i in range(BINS - 1, -1, -1):
+            at_risk = ended[i] + partly[i] + beyond
+            hazards[i] = (ended[i] + weight * prior[i]) / (at_risk + weight)
+            beyond += ended[i] + lasted[i]
+        self.hazards = hazards
+        self.fresh = self.changes + 1 + int(0.03 * self.seen)
+        self.table = LengthTable(hazards)
+        return self.table
+
+    def to_json(self) -> dict[str, Any]:
+        data: dict[str, Any] = {"seen": round(self.seen, 3)}
+        for name in _KNOWN:
+            counts = getattr(self, name)
+            data[name] = {str(EDGES[i]): round(count / self.unit, 4) for i, count in enumerate(counts) if count}
+        return data
+
+    def from_json(self, data: dict[str, Any]) -> None:
+        for name in _KNOWN:
+            counts = getattr(self, name)
+            for edge, count in data[name].items():
+                if not 0.0 <= float(count) < 1e12:
+                    raise ValueError(f"count {count!r}")
+                counts[bin_of(int(edge))] += float(count)
+        self.seen = float(data["seen"])
+        self.changes = int(self.seen)
+
+
+class History:
+    """Predicts from the lengths of earlier answers to the same application of the same model.
+
+    An estimate carries the mean remaining length and its Gittins index, both for an answer cut off at what is allowed.
+    Nothing is said before the first answer was seen. ``instant`` and ``learn`` take microseconds; making a table anew,
+    about a tenth of a millisecond, happens at most once per 3 % of new answers.
+    """
+
+    reads_text = False
+    refines = False
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        *,
+        strength: float = 8.0,
+        horizon: float = 1000.0,
+        max_apps: int = 1000,
+    ) -> None:
+        """``path``: file that keeps what was learned; read now if it exists, written by ``save``. ``max_apps``: (model,
+        application) pairs remembered, the least recently used forgotten first (about 10 KB each)."""
+        if strength <= 0 or horizon < 1 or max_apps < 1:
+            raise ValueError("history: expected strength > 0, horizon >= 1 and max_apps >= 1")
+        self._path = Path(path) if path is not None else None
+        self._strength = strength
+        self._growth = 1.0 + 1.0 / horizon
+        self._max_apps = max_apps
+        self._all = _Lengths(None)
+        self._models: OrderedDict[str, _Lengths] = OrderedDict()
+        self._apps: OrderedDict[tuple[str, str], _Lengths] = OrderedDict()
+        if self._path is not None and self._path.exists():
+            self._load(self._path)
+
+    def instant(self, view: View) -> Estimate | None:
+        known = self._apps.get((view.model, view.app)) or self._models.get(view.model) or self._all
+        if not self._all.changes:
+            return None
+        mean, index = known.current(self._strength)(view.attained, view.allowed)
+        return Estimate(mean, index, "history")
+
+    async def refine(self, views: Sequence[View]) -> list[Estimate | None]:
+        return [self.instant(view) for view in views]
+
+    def learn(self, view: View, *, complete: bool) -> None:
+        tokens = view.attained
+        if tokens < 1:
+            return  # nothing was answered: neither a length nor a bound of one
+        growth = self._growth
+        self._all.add(tokens, complete, growth)
+        self._model(view.model).add(tokens, complete, growth)
+        self._app((view.model, view.app)).add(tokens, complete, growth)
+
+    def _model(self, model: str) -> _Lengths:
+        known = self._models.get(model)
+        if known is None:
+            known = self._models[model] = _Lengths(self._all)
+            if len(self._models) > self._max_apps:
+                self._models.popitem(last=False)
+        else:
+            self._models.move_to_end(model)
+        return known
+
+    def _app(self, key: tuple[str, str]) -> _Lengths:
+        known = self._apps.get(key)
+        if known is None:
+            known = self._apps[key] = _Lengths(self._model(key[0]))
+            if len(self._apps) > self._max_apps:
+                self._apps.popitem(last=False)
+        else:
+            self._apps.move_to_end(key)
+        return known
+
+    # ---- across restarts --------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write the file, if there is one to write: at once or not at all. Raises OSError."""
+        if self._path is None:
+            return
+        data = {
+            "version": _VERSION,
+            "all": self._all.to_json(),
+            "models": [[model, known.to_json()] for model, known in self._models.items()],
+            "apps": [[*key, known.to_json()] for key, known in self._apps.items()],
+        }
+        temporary = self._path.with_name(self._path.name + ".part")
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(data, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self._path)
+
+    def _load(self, path: Path) -> None:
+        """Take up what was saved. A file that cannot be read costs the history, not the service."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["version"] != _VERSION:
+                raise ValueError(f"version {data['version']!r}, expected {_VERSION}")
+            self._all.from_json(data["all"])
+            for model, counts in data["models"][-self._max_apps :]:
+                self._model(str(model)).from_json(counts)
+            for model, app, counts in data["apps"][-self._max_apps :]:
+                self._app((str(model), str(app))).from_json(counts)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+            _log.warning("history %s cannot be read (%s: %s): starting without it", path, type(exc).__name__, exc)
+            self._all = _Lengths(None)
+            self._models.clear()
+            self._apps.clear()
