@@ -1,0 +1,317 @@
+"""The composition root: builds every part from the configuration, starts them in order and stops them in reverse.
+
+Knows: how to wire everything. Never: request logic.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from aiohttp import web
+
+from elis_gateway import build
+from elis_gateway.admin import make_admin_app
+from elis_gateway.config import Config
+from elis_gateway.core.placement import UpstreamInfo
+from elis_gateway.core.scheduler import Scheduler
+from elis_gateway.dispatcher import Dispatcher, Observer
+from elis_gateway.errors import ConfigError
+from elis_gateway.flight import Flight
+from elis_gateway.handlers import Handlers, describe
+from elis_gateway.intake import Intake
+from elis_gateway.journal import Journal
+from elis_gateway.metrics import Metrics
+from elis_gateway.tasks import spawn
+from elis_gateway.traffic_log import TrafficLog
+from elis_gateway.upstream.fleet import Fleet
+from elis_gateway.upstream.relay import Relay
+
+__all__ = ["Gateway", "serve"]
+
+_log = logging.getLogger("elis_gateway")
+_HEADER_LIMIT = 64 * 1024
+_FLUSH = 2.0
+"""Seconds that handlers get to write their last bytes once every job is over."""
+
+Reload = Callable[[], Config]
+
+
+class Gateway:
+    """One gateway on the running loop: ``start``, ``stop``, and what the admin listener needs (``AdminDesk``)."""
+
+    def __init__(self, config: Config, reload: Reload | None = None) -> None:
+        self.config = config
+        self._reload = reload
+        self._loop = asyncio.get_running_loop()
+        scheduler = config.scheduler
+        self._policy, self._aging = scheduler.policy, scheduler.aging
+        self.predictor = build.predictor(config.predictor)
+        self.core = Scheduler(
+            build.scheduler_config(scheduler, estimates=self.predictor is not None),
+            build.policy(self._policy, self._aging),
+        )
+        self.fleet = Fleet(config.upstreams, self._upstream_changed, overcommit=scheduler.overcommit)
+        self.journal = Journal()
+        self.metrics = Metrics(
+            {
+                "elis_jobs_live": lambda: [((), len(self.flights))],
+                "elis_jobs_waiting": lambda: [((), self.core.waiting())],
+                "elis_slices_running": lambda: [((u,), self.core.running(u)) for u in self.core.upstreams],
+                "elis_slots": lambda: [((n,), u.info.slots) for n, u in self.core.upstreams.items()],
+                "elis_seconds_per_token": self._paces,
+                "elis_seam_tokens": lambda: [((), self.core.seam_tokens)],
+            }
+        )
+        self._traffic_log = self._make_traffic_log()
+        observers: list[Observer] = [self.metrics, self.journal]
+        if self._traffic_log is not None:
+            observers.append(self._traffic_log)
+        self.dispatcher = Dispatcher(
+            self.core,
+            self.predictor,
+            self.fleet.upstreams,
+            observers=observers,
+            estimate_deadline=getattr(config.predictor, "deadline", 0.5),
+        )
+        self._intake = Intake(
+            self.fleet,
+            self._loop.time,
+            aliases=config.models,
+            classes=scheduler.classes,
+            default_class=scheduler.default_class,
+            describe=describe,
+            reads_text=self.predictor is not None and self.predictor.reads_text,
+        )
+        self._relay = Relay(self.fleet, config.models)
+        self._runners: list[web.BaseRunner] = []
+        self._sites: list[web.TCPSite] = []
+
+    # --- life ----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Probe the upstreams, then listen. Raises OSError for an address in use, ``ConfigError`` for bad files."""
+        try:
+            if self._traffic_log is not None:
+                self._traffic_log.start()
+            await self.fleet.start()
+            server, admin = self.config.server, self.config.admin
+            await self._listen(web.ServerRunner(self._public(), shutdown_timeout=_FLUSH), server.host, server.port)
+            runner = web.AppRunner(make_admin_app(self), access_log=None, shutdown_timeout=_FLUSH)
+            await self._listen(runner, admin.host, admin.port)
+        except BaseException:
+            await self.stop(grace=0.0)
+            raise
+        _log.info("listening on http://%s:%d", server.host, self.port)
+        _log.info("admin listening on http://%s:%d", admin.host, self.admin_port)
+
+    async def stop(self, grace: float | None = None) -> None:
+        """Accept no more, let jobs finish for ``grace`` seconds (default: the configured), end the rest, close all."""
+        for site in self._sites:
+            await site.stop()
+        await self.dispatcher.drain(self.config.server.shutdown_grace if grace is None else grace)
+        for runner in self._runners:
+            await runner.cleanup()
+        if self.predictor is not None:
+            self.predictor.save()
+        await self.fleet.close()
+        if self._traffic_log is not None:
+            await asyncio.to_thread(self._traffic_log.close)
+
+    def hurry(self) -> None:
+        """End the grace of ``stop`` now."""
+        self.dispatcher.hurry()
+
+    @property
+    def port(self) -> int:
+        """The public listener's port."""
+        return _port(self._runners[0])
+
+    @property
+    def admin_port(self) -> int:
+        """The admin listener's port."""
+        return _port(self._runners[1])
+
+    async def _listen(self, runner: web.BaseRunner, host: str, port: int) -> None:
+        await runner.setup()
+        self._runners.append(runner)
+        site = web.TCPSite(runner, host, port, backlog=1024)
+        await site.start()
+        if runner is self._runners[0]:
+            # The admin listener stays reachable while jobs drain.
+            self._sites.append(site)
+
+    def _public(self) -> web.Server:
+        handlers = Handlers(
+            self._intake,
+            self.dispatcher,
+            self.fleet,
+            self._relay,
+            keepalive_after=self.config.server.keepalive_after,
+        )
+        loop, max_body = self._loop, self.config.server.max_body
+
+        def request(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> web.BaseRequest:
+            return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=max_body)
+
+        return web.Server(
+            handlers,
+            request_factory=request,
+            handler_cancellation=True,
+            access_log=None,
+            auto_decompress=True,
+            max_line_size=_HEADER_LIMIT,
+            max_field_size=_HEADER_LIMIT,
+        )
+
+    def _make_traffic_log(self) -> TrafficLog | None:
+        section = self.config.traffic_log
+        if section.path is None:
+            return None
+        return TrafficLog(
+            section.path,
+            max_bytes=section.max_bytes,
+            keep=section.keep,
+            prompts=self.config.logging.prompts,
+            epoch=lambda: time.time() - self._loop.time(),
+        )
+
+    def _upstream_changed(self, info: UpstreamInfo) -> None:
+        self.dispatcher.upstream_changed(info)
+
+    def _paces(self) -> Iterable[tuple[tuple[str, ...], float]]:
+        return [((model,), pool.seconds_per_token) for model, pool in self.core.pools.items() if pool.upstreams]
+
+    # --- the admin listener's desk -------------------------------------------------------------------------------
+
+    @property
+    def flights(self) -> Mapping[str, Flight]:
+        """Every job that is not over."""
+        return self.dispatcher.flights
+
+    def now(self) -> float:
+        """The loop's time."""
+        return self._loop.time()
+
+    def render_metrics(self) -> bytes:
+        """The metrics page."""
+        return self.metrics.render()
+
+    def policy(self) -> dict[str, Any]:
+        """The policy in effect, as in the configuration."""
+        return {**self._policy.model_dump(mode="json"), "aging": self._aging.model_dump(mode="json")}
+
+    def set_policy(self, wanted: Any) -> None:
+        """Order by another policy from now on. Raises ``ConfigError``."""
+        section, aging = build.parse_policy(wanted)
+        self._use_policy(section, self._aging if aging is None else aging)
+
+    def _use_policy(self, section: Any, aging: Any) -> None:
+        policy = build.policy(section, aging)
+        self._policy, self._aging = section, aging
+        self.dispatcher.set_policy(policy)
+
+    def upstreams(self) -> list[dict[str, Any]]:
+        """Every upstream."""
+        running = self.core.running
+        return [
+            {**u, "running": running(u["id"]) if u["id"] in self.core.upstreams else 0} for u in self.fleet.describe()
+        ]
+
+    async def reload(self) -> dict[str, Any]:
+        """Read the configuration again and apply what can change while serving: policy, aliases, classes, upstreams."""
+        if self._reload is None:
+            raise ConfigError("there is no configuration file to read again")
+        new = self._reload()
+        applied: list[str] = []
+        old = self.config
+        if (new.scheduler.policy, new.scheduler.aging) != (self._policy, self._aging):
+            self._use_policy(new.scheduler.policy, new.scheduler.aging)
+            applied.append("scheduler.policy")
+        if new.models != old.models:
+            self._intake.aliases = self._relay.aliases = dict(new.models)
+            applied.append("models")
+        if (new.scheduler.classes, new.scheduler.default_class) != (old.scheduler.classes, old.scheduler.default_class):
+            self._intake.classes = dict(new.scheduler.classes)
+            self._intake.default_class = new.scheduler.default_class
+            applied.append("scheduler.classes")
+        if new.upstreams != old.upstreams:
+            await self._change_upstreams(new)
+            applied.append("upstreams")
+        restart = _needs_restart(old, new)
+        self.config = new
+        _log.info(
+            "configuration read again; applied: %s; needs a restart: %s", applied or "nothing", restart or "nothing"
+        )
+        return {"applied": applied, "needs_restart": restart}
+
+    async def _change_upstreams(self, new: Config) -> None:
+        before = {u.name: u for u in self.config.upstreams}
+        after = {u.name: u for u in new.upstreams}
+        for name in before:
+            if after.get(name) != before[name]:
+                self.fleet.drain(name)
+                spawn(self._replace(name, after.get(name)), name=f"replace upstream {name}")
+        for name in after:
+            if name not in before:
+                await self.fleet.add(after[name])
+
+    async def _replace(self, name: str, settings: Any) -> None:
+        """Once what runs there has finished, forget the upstream, and begin anew with what it has become."""
+        await self.dispatcher.idle(name)
+        await self.fleet.remove(name)
+        self.dispatcher.upstream_removed(name)
+        if settings is not None:
+            await self.fleet.add(settings)
+
+
+def _needs_restart(old: Config, new: Config) -> list[str]:
+    live = {"policy", "aging", "classes", "default_class"}
+    sections = ("server", "admin", "predictor", "logging", "traffic_log")
+    return [
+        f"scheduler.{name}"
+        for name in type(new.scheduler).model_fields
+        if name not in live and getattr(new.scheduler, name) != getattr(old.scheduler, name)
+    ] + [name for name in sections if getattr(new, name) != getattr(old, name)]
+
+
+def _port(runner: web.BaseRunner) -> int:
+    address = runner.addresses[0]
+    assert isinstance(address, tuple)
+    return int(address[1])
+
+
+async def serve(config: Config, reload: Reload | None = None) -> None:
+    """Serve until SIGTERM or SIGINT: the first is graceful, a second ends the grace. SIGHUP reads the file again."""
+    loop = asyncio.get_running_loop()
+    gateway = Gateway(config, reload)
+    stop = asyncio.Event()
+
+    def told_to_stop() -> None:
+        if stop.is_set():
+            _log.warning("told again: ending what still runs")
+            gateway.hurry()
+        else:
+            _log.info("shutting down; jobs have %g s to finish", gateway.config.server.shutdown_grace)
+            stop.set()
+
+    async def read_again() -> None:
+        try:
+            await gateway.reload()
+        except ConfigError as error:
+            _log.error("the configuration stays as it is: %s", error)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told_to_stop)
+    loop.add_signal_handler(signal.SIGHUP, lambda: spawn(read_again(), name="reload"))
+    try:
+        await gateway.start()
+        await stop.wait()
+    finally:
+        await gateway.stop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.remove_signal_handler(number)

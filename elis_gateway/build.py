@@ -1,0 +1,89 @@
+"""From configuration sections to the scheduler's parts. Knows both sides' names; never builds anything that runs."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from elis_gateway import config
+from elis_gateway.core.policy import Aging, Policy, make_policy
+from elis_gateway.core.scheduler import SchedulerConfig
+from elis_gateway.errors import ConfigError
+from elis_gateway.predictor.base import Predictor
+from elis_gateway.predictor.make import make_predictor
+
+__all__ = ["parse_policy", "policy", "predictor", "scheduler_config"]
+
+_POLICY: TypeAdapter[Any] = TypeAdapter(config.Policy)
+_AGING: TypeAdapter[Any] = TypeAdapter(config.Aging)
+
+
+def policy(section: Any, aging: Any) -> Policy:
+    """The policy of a ``scheduler.policy`` section. Raises ``ConfigError``."""
+    options = section.model_dump(exclude={"kind"})
+    if isinstance(section, config.ExternalPolicy):
+        return _outside(section.kind, section.options)
+    if section.kind in ("sjf", "isrtf"):
+        options["aging"] = Aging(**aging.model_dump())
+    return make_policy(section.kind, **options)
+
+
+def parse_policy(wanted: Any) -> tuple[Any, Any]:
+    """A policy section, and an aging section where there is one beside ``kind``, from JSON. Raises ``ConfigError``."""
+    if isinstance(wanted, str):
+        wanted = {"kind": wanted}
+    if not isinstance(wanted, dict):
+        raise ConfigError("policy: expected a name or an object with `kind`")
+    given = dict(wanted)
+    aging = given.pop("aging", None)
+    try:
+        return _POLICY.validate_python(given), None if aging is None else _AGING.validate_python(aging)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"policy{'.' + place if place else ''}: {first['msg']}") from None
+
+
+def predictor(section: Any) -> Predictor | None:
+    """The predictor of a ``predictor`` section; None for ``none``. Raises ``ConfigError``."""
+    if isinstance(section, config.ExternalPredictor):
+        return make_predictor(section.kind, **section.options)
+    return make_predictor(section.kind, **section.model_dump(exclude={"kind"}))
+
+
+def scheduler_config(section: config.Scheduler, *, estimates: bool) -> SchedulerConfig:
+    """The scheduler's dials."""
+    values: dict[str, Any] = {
+        "window": section.window,
+        "mode": section.mode,
+        "estimates": estimates,
+        "rescore": section.rescore,
+        "seam_cost": None if section.seam_cost == "auto" else section.seam_cost,
+        "queue_limit": section.queue.max_jobs,
+        "queue_ttl": section.queue.ttl,
+        "unavailable_timeout": section.queue.unavailable_timeout,
+        "retries": section.retries,
+        "tail": section.tail,
+    }
+    known = {field.name for field in fields(SchedulerConfig)}
+    return SchedulerConfig(**{name: value for name, value in values.items() if name in known})
+
+
+def _outside(kind: str, options: dict[str, Any]) -> Policy:
+    where = f"scheduler.policy.kind: {kind!r}"
+    module, colon, name = kind.partition(":")
+    try:
+        if colon:
+            build = getattr(import_module(module), name)
+        else:
+            build = next(iter(entry_points(group="elis_gateway.policies", name=kind))).load()
+        made = build(**options)
+    except (ImportError, AttributeError, StopIteration, TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {error or 'no such entry point'}") from error
+    if not isinstance(made, Policy):
+        raise ConfigError(f"{where}: {type(made).__name__} is not a policy: it lacks key, needs_estimates or preempts")
+    return made

@@ -1,0 +1,81 @@
+"""One job's stream of bytes to its client. Knows neither who produces nor who consumes them.
+
+The producer never waits: ``put`` appends and, at most, wakes the reader. The reader takes everything pending in one
+piece, so a slow client coalesces its own backlog into few large writes. One reader, one event loop, no locks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+__all__ = ["Channel"]
+
+
+class Channel:
+    """Bytes in, bytes out, then the end or an error. The error is raised after the last byte was taken."""
+
+    __slots__ = ("_chunks", "_closed", "_error", "_waiter", "puts")
+
+    def __init__(self) -> None:
+        self._chunks: list[bytes] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._closed = False
+        self._error: Exception | None = None
+        self.puts = 0
+        """Times something was put: tells silence from traffic without a clock."""
+
+    @property
+    def closed(self) -> bool:
+        """Nothing more can be put."""
+        return self._closed
+
+    @property
+    def exhausted(self) -> bool:
+        """Closed without an error, and every byte was taken: what ``get`` returned last was the last."""
+        return self._closed and not self._chunks and self._error is None
+
+    @property
+    def pending(self) -> int:
+        """Bytes put and not taken."""
+        return sum(map(len, self._chunks))
+
+    def put(self, data: bytes) -> None:
+        """Append ``data``. Dropped without a sound after ``close``: late text of a job whose client has gone."""
+        if self._closed:
+            return
+        self.puts += 1
+        self._chunks.append(data)
+        self._wake()
+
+    def close(self, error: Exception | None = None) -> None:
+        """No more bytes will come. The first call counts, later ones change nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._error = error
+        self._wake()
+
+    async def get(self) -> bytes:
+        """Everything pending, waiting for some if there is none; ``b""`` is the end.
+
+        Raises:
+            Exception: the error the channel was closed with, once every byte before it was taken.
+        """
+        chunks = self._chunks
+        if not chunks and not self._closed:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        if chunks:
+            data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+            chunks.clear()
+            return data
+        if self._error is not None:
+            raise self._error
+        return b""
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

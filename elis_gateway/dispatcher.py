@@ -1,0 +1,481 @@
+"""The live driver: asyncio and the loop's clock around the scheduler. Performs its actions; decides nothing.
+
+Knows: when things happen. Never: HTTP, JSON, event streams, metric names.
+
+``_perform`` is synchronous and does not await, so there are no locks and no re-entrancy: a task it starts comes back
+later through one of the scheduler's inputs. What arrives from an upstream goes to the client's channel at once; the
+scheduler hears of it once per window, not once per token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, Protocol
+
+from elis_gateway.core.actions import Abort, Action, AskEstimate, Finish, Preempt, Run
+from elis_gateway.core.job import Estimate, Job, JobState, Outcome
+from elis_gateway.core.placement import UpstreamInfo
+from elis_gateway.core.policy import Policy
+from elis_gateway.core.scheduler import Scheduler
+from elis_gateway.core.slice import Slice, SliceEnd, SliceResult
+from elis_gateway.errors import (
+    GatewayError,
+    Overloaded,
+    ShuttingDown,
+    UpstreamError,
+    UpstreamRefused,
+    UpstreamUnavailable,
+)
+from elis_gateway.flight import Flight, Leg
+from elis_gateway.predictor.base import Predictor, View
+from elis_gateway.tasks import spawn
+from elis_gateway.upstream.base import Session, Upstream
+
+__all__ = ["Dispatcher", "Observer"]
+
+_log = logging.getLogger("elis_gateway.jobs")
+_CLOSING_TIME = 2.0
+"""Seconds that calls which were told to end may take for it at shutdown."""
+
+
+How = Literal["finished", "aborted", "broken"]
+
+
+class Observer(Protocol):
+    """Told of what happened, never asked: metrics, the traffic log, the log."""
+
+    def submitted(self, flight: Flight) -> None: ...
+
+    def estimated(self, flight: Flight, seconds: float) -> None:
+        """A new estimate stands at the end of ``flight.estimates``; ``seconds``: what it took."""
+
+    def slice_ended(self, flight: Flight, leg: Leg) -> None: ...
+
+    def finished(self, flight: Flight) -> None: ...
+
+
+class _Call:
+    """A slice in flight."""
+
+    __slots__ = (
+        "asked",
+        "base",
+        "begun",
+        "feeding",
+        "first_token",
+        "flight",
+        "mark",
+        "sent",
+        "slice",
+        "stop",
+        "task",
+        "window",
+    )
+
+    def __init__(self, slice_: Slice, flight: Flight, now: float) -> None:
+        self.slice = slice_
+        self.flight = flight
+        self.sent = now
+        self.base = flight.answer.attained
+        self.window = slice_.window
+        self.mark = self.base + slice_.window if slice_.window is not None else None
+        self.first_token: float | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.begun = False
+        self.asked = False
+        """An upstream call was made."""
+        self.feeding = False
+        self.stop = False
+        """Told to end: Preempt or Abort."""
+
+    def end(self) -> None:
+        """Close the call at the next chance: at once where it waits for the network."""
+        if self.stop:
+            return
+        self.stop = True
+        if self.begun and not self.feeding and self.task is not None:
+            self.task.cancel()
+
+
+class Dispatcher:
+    """Runs jobs. One per gateway; lives on one event loop."""
+
+    def __init__(
+        self,
+        core: Scheduler,
+        predictor: Predictor | None,
+        upstreams: Mapping[str, Upstream],
+        *,
+        observers: Sequence[Observer],
+        estimate_deadline: float = 0.5,
+    ) -> None:
+        self.core = core
+        self.predictor = predictor
+        self.flights: dict[str, Flight] = {}
+        """Every job that is not over, by id."""
+        self._upstreams = upstreams
+        self._observers = tuple(observers)
+        self._estimate_deadline = estimate_deadline
+        self._loop = asyncio.get_running_loop()
+        self._calls: dict[int, _Call] = {}
+        self._queue: deque[Action] = deque()
+        self._performing = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = float("inf")
+        self._quiet: asyncio.Future[None] | None = None
+        self._closing = False
+        self._service = 1.0
+        self._perform_one: dict[type[Action], Callable[..., None]] = {
+            AskEstimate: self._ask,
+            Run: self._run,
+            Preempt: self._preempt,
+            Abort: self._abort,
+            Finish: self._finish,
+        }
+
+    # --- inputs from outside -------------------------------------------------------------------------------------
+
+    def submit(self, flight: Flight) -> None:
+        """Take a request. Its bytes, its end or its error come through ``flight.channel``.
+
+        Raises:
+            ShuttingDown: nothing is accepted any more.
+        """
+        if self._closing:
+            raise ShuttingDown("the gateway is shutting down")
+        self.flights[flight.spec.id] = flight
+        for observer in self._observers:
+            observer.submitted(flight)
+        self._perform(self.core.submit(flight.spec, self._loop.time()))
+
+    def cancel(self, flight: Flight) -> None:
+        """Nobody wants the answer any more. The upstream's socket is closed, the slot comes free. Late news is fine."""
+        self._perform(self.core.cancel(flight.spec.id, self._loop.time()))
+
+    def upstream_changed(self, info: UpstreamInfo) -> None:
+        """An upstream is new, came back, went down (no slots), or serves other models."""
+        self._perform(self.core.upstream_changed(info, self._loop.time()))
+
+    def upstream_removed(self, upstream_id: str) -> None:
+        """An upstream without any slice in flight is gone for good."""
+        self._perform(self.core.upstream_removed(upstream_id, self._loop.time()))
+
+    async def idle(self, upstream_id: str) -> None:
+        """Wait until no slice runs on this upstream. It should be draining, or this may take for ever."""
+        while tasks := [c.task for c in self._calls.values() if c.slice.upstream == upstream_id and c.task is not None]:
+            await asyncio.wait(tasks)
+
+    def set_policy(self, policy: Policy) -> None:
+        """Order by ``policy`` from now on."""
+        self._perform(self.core.set_policy(policy, self._loop.time()))
+
+    @property
+    def accepting(self) -> bool:
+        """Not shutting down."""
+        return not self._closing
+
+    async def drain(self, grace: float) -> None:
+        """Accept nothing more, let jobs finish for ``grace`` seconds, then end what is left with ``ShuttingDown``.
+
+        ``hurry`` cuts the grace short.
+        """
+        self._closing = True
+        if self.flights:
+            self._quiet = self._loop.create_future()
+            await asyncio.wait([self._quiet], timeout=grace)
+        for flight in list(self.flights.values()):
+            flight.error = ShuttingDown("the gateway is shutting down")
+            now = self._loop.time()
+            self._perform(self.core.cancel(flight.spec.id, now, outcome=Outcome.FAILED, cause="shutdown"))
+        if tasks := [call.task for call in self._calls.values() if call.task is not None]:
+            await asyncio.wait(tasks, timeout=_CLOSING_TIME)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def hurry(self) -> None:
+        """End the grace of ``drain`` now."""
+        self._closing = True
+        if self._quiet is not None and not self._quiet.done():
+            self._quiet.set_result(None)
+
+    # --- performing ----------------------------------------------------------------------------------------------
+
+    def _perform(self, actions: Iterable[Action]) -> None:
+        """Do what the scheduler decided, in order. An action that leads to further decisions appends to the queue."""
+        self._queue.extend(actions)
+        if self._performing:
+            return
+        self._performing = True
+        try:
+            while self._queue:
+                action = self._queue.popleft()
+                self._perform_one[type(action)](action)
+        finally:
+            self._performing = False
+        self._arm()
+
+    def _arm(self) -> None:
+        """Have one timer, never later than the next deadline. One too early costs a tick that finds nothing."""
+        at = self.core.next_deadline()
+        if at is None or at >= self._timer_at:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = at
+        self._timer = self._loop.call_at(at, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._timer_at = float("inf")
+        self._perform(self.core.tick(self._loop.time()))
+
+    def _preempt(self, action: Preempt) -> None:
+        self._calls[action.slice_id].end()
+
+    def _abort(self, action: Abort) -> None:
+        self._calls[action.slice_id].end()
+
+    def _finish(self, action: Finish) -> None:
+        job = action.job
+        flight = _flight(job)
+        flight.job = job
+        self.flights.pop(job.id, None)
+        if job.outcome is Outcome.COMPLETED:
+            self._service += 0.05 * ((job.finished or 0.0) - (job.first_run or job.arrival) - self._service)
+            self._deliver(flight)
+        else:
+            flight.channel.close(self._error(flight, job))
+        if job.first_run is not None and self.predictor is not None:
+            complete = job.outcome is Outcome.COMPLETED and flight.answer.finish_reason != "length"
+            self.predictor.learn(self._view(flight, job, self.predictor), complete=complete)
+        for observer in self._observers:
+            observer.finished(flight)
+        if self._quiet is not None and not self.flights and not self._quiet.done():
+            self._quiet.set_result(None)
+
+    def _deliver(self, flight: Flight) -> None:
+        answer, channel = flight.answer, flight.channel
+        if flight.request.stream:
+            channel.put(answer.close(flight.describe(flight) if flight.describe is not None else None))
+        else:
+            channel.put(answer.body())
+        channel.close()
+
+    def _error(self, flight: Flight, job: Job) -> GatewayError:
+        """What the client is told of a job that did not complete."""
+        if job.outcome is Outcome.REJECTED:
+            return Overloaded("the queue is full", cause=job.cause, retry_after=self.retry_after(job.spec.model))
+        if job.outcome is Outcome.EXPIRED:
+            wait = self.retry_after(job.spec.model)
+            return Overloaded(_EXPIRED.get(job.cause, job.cause), cause=job.cause, retry_after=wait)
+        if flight.error is not None:
+            return flight.error
+        return UpstreamUnavailable("the answer could not be completed", cause=job.cause or "unknown")
+
+    def retry_after(self, model: str) -> float:
+        """Seconds after which the queue of today should be gone: jobs waiting times the service each took, by slots."""
+        slots = sum(u.info.slots for u in self.core.upstreams.values() if model in u.info.models)
+        if not slots:
+            return 5.0
+        return min(max(self.core.waiting(model) * self._service / slots, 1.0), 600.0)
+
+    # --- estimates -----------------------------------------------------------------------------------------------
+
+    def _view(self, flight: Flight, job: Job, predictor: Predictor) -> View:
+        spec = job.spec
+        reads = predictor.reads_text
+        return View(
+            spec.id,
+            spec.model,
+            spec.app,
+            spec.prompt if reads else "",
+            flight.answer.text if reads else "",
+            job.attained,
+            job.allowed,
+        )
+
+    def _ask(self, action: AskEstimate) -> None:
+        job = action.job
+        flight = _flight(job)
+        flight.job = job
+        now = self._loop.time()
+        predictor = self.predictor
+        if predictor is None:
+            self._perform(self.core.estimated(job.id, None, now))
+            return
+        view = self._view(flight, job, predictor)
+        estimate = predictor.instant(view)
+        if predictor.refines:
+            if not flight.refining:
+                flight.refining = True
+                spawn(self._refine(flight, job, view, predictor), name=f"refine {job.id}")
+            if estimate is None:
+                return
+        self._estimated(flight, job, estimate, now)
+
+    async def _refine(self, flight: Flight, job: Job, view: View, predictor: Predictor) -> None:
+        """A better estimate, or none by the deadline. Tokens that arrived meanwhile are counted down from it."""
+        asked = self._loop.time()
+        estimate: Estimate | None = None
+        try:
+            async with asyncio.timeout(self._estimate_deadline):
+                estimate = (await predictor.refine([view]))[0]
+        except TimeoutError:
+            _log.debug("request %s: no estimate within %g s", job.id, self._estimate_deadline)
+        except (ValueError, RuntimeError, OSError) as error:
+            _log.warning("request %s: the predictor failed: %s", job.id, error)
+        finally:
+            flight.refining = False
+        if estimate is not None and (since := job.attained - view.attained) > 0:
+            estimate = estimate._replace(remaining=max(estimate.remaining - since, 1.0))
+        self._estimated(flight, job, estimate, asked)
+
+    def _estimated(self, flight: Flight, job: Job, estimate: Estimate | None, asked: float) -> None:
+        now = self._loop.time()
+        if estimate is not None and job.state is not JobState.DONE:
+            previous = flight.estimates[-1][1] if flight.estimates else None
+            flight.estimates.append((job.attained, estimate.remaining))
+            if flight.first_estimate is None:
+                flight.first_estimate = estimate
+            if _log.isEnabledFor(logging.DEBUG):
+                _log_estimate(job, previous, estimate.remaining)
+            for observer in self._observers:
+                observer.estimated(flight, now - asked)
+        self._perform(self.core.estimated(job.id, estimate, now))
+
+    # --- slices --------------------------------------------------------------------------------------------------
+
+    def _run(self, action: Run) -> None:
+        slice_ = action.slice
+        flight = _flight(slice_.job)
+        flight.job = slice_.job
+        call = _Call(slice_, flight, self._loop.time())
+        self._calls[slice_.id] = call
+        call.task = spawn(self._serve(call), name=f"slice {slice_.id}")
+
+    async def _serve(self, call: _Call) -> None:
+        """Make the slice's upstream call and report its one end."""
+        call.begun = True
+        slice_, answer = call.slice, call.flight.answer
+        upstream = self._upstreams[slice_.upstream]
+        priority = slice_.priority if upstream.capabilities.orders else None
+        request_id = f"{slice_.job.spec.id}-{slice_.id}"
+        error: UpstreamError | None = None
+        if not call.stop:
+            call.asked = True
+            order = answer.call(slice_.limit, model=slice_.job.spec.model, priority=priority, window=slice_.window)
+            try:
+                async with upstream.open(order, request_id=request_id) as session:
+                    if order.stream:
+                        await self._stream(call, session)
+                    else:
+                        answer.feed_whole(await session.whole())
+                    if not call.stop:
+                        # The engine is done: its slot is free before the connection has said goodbye.
+                        self._ended(call, "finished")
+            except asyncio.CancelledError:
+                if not _was_told(call):
+                    raise
+            except UpstreamError as failure:
+                error = failure
+        if slice_.id in self._calls:
+            self._ended(call, "aborted" if error is None else "broken", error)
+
+    async def _stream(self, call: _Call, session: Session) -> None:
+        answer = call.flight.answer
+        try:
+            async for payloads in session:
+                self._feed(call, payloads)
+                if call.stop or answer.over:
+                    return
+        except asyncio.CancelledError:
+            if not _was_told(call):
+                raise
+            # What has arrived is kept, read or not.
+            self._feed(call, session.pending())
+
+    def _feed(self, call: _Call, payloads: list[bytes]) -> None:
+        """The hot path: once per read from the network."""
+        flight = call.flight
+        answer = flight.answer
+        call.feeding = True
+        try:
+            if (data := answer.feed(payloads)) and flight.request.stream:
+                flight.channel.put(data)
+            attained = answer.attained
+            if call.first_token is None and answer.started:
+                call.first_token = now = self._loop.time()
+                self._perform(self.core.slice_started(call.slice.id, now))
+            if call.mark is not None and attained >= call.mark and call.window is not None and not answer.finished:
+                call.mark += (attained - call.mark) // call.window * call.window + call.window
+                self._perform(self.core.window_passed(call.slice.id, attained, self._loop.time()))
+        finally:
+            call.feeding = False
+
+    def _ended(self, call: _Call, how: How, error: UpstreamError | None = None) -> None:
+        """Exactly once for every Run."""
+        slice_, flight, answer = call.slice, call.flight, call.flight.answer
+        del self._calls[slice_.id]
+        now = self._loop.time()
+        end, cause = self._settle(call, how, error)
+        leg = Leg(
+            slice_.upstream,
+            call.sent,
+            call.first_token,
+            now,
+            answer.attained - call.base,
+            end.value,
+            cause,
+            bool(flight.legs),
+        )
+        flight.legs.append(leg)
+        for observer in self._observers:
+            observer.slice_ended(flight, leg)
+        self._perform(self.core.slice_ended(slice_.id, SliceResult(end, answer.attained, cause, answer.limit), now))
+
+    def _settle(self, call: _Call, how: How, error: UpstreamError | None) -> tuple[SliceEnd, str]:
+        """What the end of the call means for the answer: how the slice ended, and why if it ended badly."""
+        flight, answer = call.flight, call.flight.answer
+        if not call.asked:
+            return SliceEnd.PREEMPTED, ""
+        if isinstance(error, UpstreamRefused) and answer.refused(error.status, error.body):
+            # Refused for what we had added to the request: it goes on as the client wrote it.
+            return SliceEnd.WINDOW, ""
+        end = answer.end_slice(how)
+        if end not in (SliceEnd.INTERRUPTED, SliceEnd.FAILED):
+            return end, ""
+        said: UpstreamError | None = error or answer.error
+        if said is None:
+            said = UpstreamUnavailable(f"{call.slice.upstream}: the answer broke off", cause="cut")
+        flight.error = said
+        return (end if said.retryable else SliceEnd.FAILED), said.cause
+
+
+_EXPIRED = {
+    "queue_ttl": "the request waited longer than the queue's time limit",
+    "deadline": "the request's deadline has passed",
+    "unavailable": "no upstream of this model is healthy",
+}
+
+
+def _flight(job: Job) -> Flight:
+    flight = job.spec.payload
+    assert isinstance(flight, Flight)
+    return flight
+
+
+def _was_told(call: _Call) -> bool:
+    """The cancellation is ours (Preempt or Abort), not the loop's; take it back."""
+    return call.stop and call.task is not None and call.task.uncancel() == 0
+
+
+def _log_estimate(job: Job, previous: float | None, remaining: float) -> None:
+    if previous is None:
+        _log.debug("request %s: initial prediction: %.1f tokens", job.id, remaining)
+    else:
+        _log.debug(
+            "request %s: prediction updated: %.1f -> %.1f (at %d tokens)", job.id, previous, remaining, job.attained
+        )

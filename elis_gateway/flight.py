@@ -1,0 +1,70 @@
+"""One request's belongings while it is under way: what the driver, the handlers and the record of jobs share.
+
+A plain record. Knows no socket, no scheduler, no metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from elis_gateway.channel import Channel
+from elis_gateway.core.job import Estimate, Job, JobSpec
+from elis_gateway.errors import GatewayError
+from elis_gateway.wire.continuation import Answer
+from elis_gateway.wire.openai import Request
+
+__all__ = ["Flight", "Leg"]
+
+
+class Leg(NamedTuple):
+    """One slice as it went. Times are the loop's, in seconds."""
+
+    upstream: str
+    sent: float
+    first_token: float | None
+    ended: float
+    tokens: int
+    """Kept answer tokens of this slice."""
+    end: str
+    """Why it ended: the value of ``SliceEnd``."""
+    cause: str
+    continued: bool
+    """It was not the job's first."""
+
+
+class Flight:
+    """A request on its way. ``job`` is set when the scheduler has taken it."""
+
+    __slots__ = (
+        "answer", "channel", "class_name", "conversation", "describe", "error", "estimates", "first_estimate", "job",
+        "legs", "refining", "request", "spec",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        request: Request,
+        answer: Answer,
+        *,
+        class_name: str = "",
+        describe: Callable[[Flight], str] | None = None,
+        conversation: str | None = None,
+    ) -> None:
+        self.spec = spec._replace(payload=self)
+        self.request = request
+        self.answer = answer
+        self.channel = Channel()
+        self.class_name = class_name
+        self.describe = describe
+        """Makes the final comment of a stream whose client asked how it was scheduled."""
+        self.conversation = conversation
+        """Name of the conversation this turn belongs to, for the replica that has its prefix cached."""
+        self.job: Job | None = None
+        self.error: GatewayError | None = None
+        """The last thing that went wrong; what the client is told if the job fails."""
+        self.estimates: list[tuple[int, float]] = []
+        """Every estimate: tokens so far, predicted remaining tokens."""
+        self.first_estimate: Estimate | None = None
+        self.legs: list[Leg] = []
+        self.refining = False

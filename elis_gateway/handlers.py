@@ -1,0 +1,239 @@
+"""The public listener: routes, client connections, disconnects. Never: policies, upstream choice, queue internals.
+
+A stream's status line waits for its first bytes, so that an engine's refusal keeps its own status and text, or for
+``keepalive_after``: from then on the status is 200, comments keep the connection alive, and whatever goes wrong is an
+error event. A client that leaves cancels its handler (aiohttp's ``handler_cancellation``), which cancels its job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Protocol
+
+import orjson
+from aiohttp import web
+from multidict import CIMultiDict
+
+from elis_gateway.channel import Channel
+from elis_gateway.dispatcher import Dispatcher
+from elis_gateway.errors import GatewayError
+from elis_gateway.flight import Flight
+from elis_gateway.intake import Intake
+from elis_gateway.wire import openai, sse
+from elis_gateway.wire.openai import Route
+from elis_gateway.wire.problems import problem
+
+__all__ = ["Handlers", "describe", "problem_response"]
+
+_JSON = "application/json"
+_EVENTS = "text/event-stream; charset=utf-8"
+_COMMENT = sse.comment("waiting")
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+class Directory(Protocol):
+    """The models in service, and whether there are any."""
+
+    @property
+    def models(self) -> Mapping[str, int | None]: ...
+
+
+class _EventStream(web.StreamResponse):
+    """A response whose head travels with its first bytes, in one write."""
+
+    _send_headers_immediately = False
+
+
+class Handlers:
+    """Answers every request of the public listener: hand it to ``aiohttp.web.Server``."""
+
+    def __init__(
+        self,
+        intake: Intake,
+        dispatcher: Dispatcher,
+        directory: Directory,
+        relay: Handler,
+        *,
+        keepalive_after: float,
+    ) -> None:
+        self._intake = intake
+        self._dispatcher = dispatcher
+        self._directory = directory
+        self._relay = relay
+        self._keepalive_after = keepalive_after
+        self._loop = asyncio.get_running_loop()
+        self._routes: dict[tuple[str, str], Handler] = {
+            ("POST", Route.CHAT.value): self._chat,
+            ("POST", Route.COMPLETIONS.value): self._completions,
+            ("GET", "/v1/models"): self._models,
+            ("GET", "/health"): self._health,
+            ("GET", "/ready"): self._ready,
+        }
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Route by method and exact path; the rest of /v1 is relayed."""
+        path = request.rel_url.raw_path
+        handler = self._routes.get((request.method, path))
+        if handler is None:
+            handler = self._relay if path.startswith("/v1/") else _not_found
+        try:
+            return await handler(request)
+        except GatewayError as error:
+            return problem_response(error)
+        except web.HTTPRequestEntityTooLarge as error:
+            return _error(413, error.text or "the request body is too large", "request_too_large")
+
+    # --- generation ----------------------------------------------------------------------------------------------
+
+    async def _chat(self, request: web.BaseRequest) -> web.StreamResponse:
+        return await self._generate(request, Route.CHAT)
+
+    async def _completions(self, request: web.BaseRequest) -> web.StreamResponse:
+        return await self._generate(request, Route.COMPLETIONS)
+
+    async def _generate(self, request: web.BaseRequest, route: Route) -> web.StreamResponse:
+        body = await request.read()
+        headers = request.headers
+        flight = self._intake.flight(openai.parse(route, body), len(body), headers)
+        self._dispatcher.submit(flight)
+        try:
+            if flight.request.stream:
+                response = await self._stream(request, flight)
+            else:
+                response = await self._whole(request, flight)
+        except (asyncio.CancelledError, ConnectionError):
+            self._dispatcher.cancel(flight)
+            raise
+        if flight.answer.finished:
+            self._intake.remember(flight)
+        return response
+
+    async def _whole(self, request: web.BaseRequest, flight: Flight) -> web.StreamResponse:
+        try:
+            body = await flight.channel.get()
+        except GatewayError as error:
+            return problem_response(error, _headers(request, flight))
+        return web.Response(body=body, headers=_headers(request, flight, _JSON))
+
+    async def _stream(self, request: web.BaseRequest, flight: Flight) -> web.StreamResponse:
+        channel = flight.channel
+        response: web.StreamResponse | None = None
+        alive = _Keepalive(self._loop, channel, self._keepalive_after)
+        try:
+            data = await channel.get()
+            response = _EventStream(headers=_headers(request, flight, _EVENTS))
+            await response.prepare(request)
+            while data:
+                if channel.exhausted:
+                    break
+                await response.write(data)
+                data = await channel.get()
+        except GatewayError as error:
+            if response is None:
+                return problem_response(error, _headers(request, flight))
+            data = flight.answer.error_event(error)
+        finally:
+            alive.stop()
+        await response.write_eof(data)
+        return response
+
+    # --- everything else -----------------------------------------------------------------------------------------
+
+    async def _models(self, request: web.BaseRequest) -> web.StreamResponse:
+        models = dict(self._directory.models)
+        for alias, model in self._intake.aliases.items():
+            if model in models:
+                models.setdefault(alias, models[model])
+        data = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "elis-gateway"}
+            | ({} if length is None else {"max_model_len": length})
+            for name, length in models.items()
+        ]
+        return web.Response(body=orjson.dumps({"object": "list", "data": data}), content_type=_JSON)
+
+    async def _health(self, request: web.BaseRequest) -> web.StreamResponse:
+        """The process is alive."""
+        return web.Response(body=b'{"status":"ok"}', content_type=_JSON)
+
+    async def _ready(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Requests sent here would be served: some upstream is in service, and we are not shutting down."""
+        ready = self._dispatcher.accepting and bool(self._directory.models)
+        body = b'{"status":"ready"}' if ready else b'{"status":"not ready"}'
+        return web.Response(status=200 if ready else 503, body=body, content_type=_JSON)
+
+
+class _Keepalive:
+    """Puts a comment into a stream that has been silent: one lazy timer, no cost per chunk."""
+
+    __slots__ = ("_after", "_channel", "_loop", "_seen", "_timer")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, channel: Channel, after: float) -> None:
+        self._loop = loop
+        self._channel = channel
+        self._after = after
+        self._seen = channel.puts
+        self._timer = loop.call_later(after, self._look) if after > 0 else None
+
+    def _look(self) -> None:
+        channel = self._channel
+        if channel.puts == self._seen:
+            channel.put(_COMMENT)
+        self._seen = channel.puts
+        self._timer = self._loop.call_later(self._after, self._look)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+def describe(flight: Flight) -> str:
+    """The final comment of a stream with X-Elis-Debug: what is only known at the end."""
+    job = flight.job
+    if job is None:
+        return "elis"
+    facts = {
+        "job": job.id,
+        "slices": job.slices,
+        "preemptions": job.preemptions,
+        "queue_wait": round(job.waited, 6),
+        "jct": None if job.jct is None else round(job.jct, 6),
+        "tokens": job.attained,
+        "estimates": flight.estimates,
+        "upstreams": [leg.upstream for leg in flight.legs],
+    }
+    return "elis " + orjson.dumps(facts).decode()
+
+
+def problem_response(error: GatewayError, headers: Mapping[str, str] | None = None) -> web.Response:
+    """An OpenAI-shaped error response."""
+    answer = problem(error)
+    return web.Response(status=answer.status, body=answer.body, headers={**(headers or {}), **answer.headers})
+
+
+def _headers(request: web.BaseRequest, flight: Flight, content_type: str | None = None) -> CIMultiDict[str]:
+    headers: CIMultiDict[str] = CIMultiDict()
+    if content_type is not None:
+        headers["Content-Type"] = content_type
+    if content_type is _EVENTS:
+        headers["Cache-Control"] = "no-cache"
+    headers["X-Request-Id"] = request.headers.get("X-Request-Id") or flight.spec.id
+    if flight.describe is not None:
+        answer = flight.answer
+        headers["X-Elis-Job"] = flight.spec.id
+        headers["X-Elis-Sliced"] = f"no; {answer.reason}" if answer.reason else answer.mode.value
+        if flight.first_estimate is not None:
+            headers["X-Elis-Estimate"] = f"{flight.first_estimate.remaining:.1f}"
+        if flight.job is not None:
+            headers["X-Elis-Queue-Wait"] = f"{flight.job.waited:.6f}"
+    return headers
+
+
+def _error(status: int, message: str, code: str) -> web.Response:
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    return web.Response(status=status, body=orjson.dumps({"error": error}), content_type=_JSON)
+
+
+async def _not_found(request: web.BaseRequest) -> web.StreamResponse:
+    return _error(404, f"unknown path {request.rel_url.raw_path}", "not_found")

@@ -1,0 +1,167 @@
+"""From a parsed request and its headers to a job: whose it is, which class, by when, how it may be continued.
+
+Knows: the X-Elis-* request headers, aliases, applications and conversations. Never: sockets, responses, the queue.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from elis_gateway.core.job import JobSpec
+from elis_gateway.errors import ClientError, ModelNotFound
+from elis_gateway.flight import Flight
+from elis_gateway.upstream.base import Capabilities
+from elis_gateway.wire.continuation import Answer, Lore, Mode
+from elis_gateway.wire.openai import Request, Route
+
+__all__ = ["Intake", "ModelDirectory"]
+
+_CONVERSATIONS = 65_536
+"""Conversations remembered; the least recently used is forgotten first."""
+
+
+class ModelDirectory(Protocol):
+    """What the upstreams together serve."""
+
+    @property
+    def models(self) -> Mapping[str, int | None]: ...
+
+    def knows(self, model: str) -> bool: ...
+
+    def capabilities(self, model: str) -> Capabilities: ...
+
+
+class Intake:
+    """Makes flights. ``clock`` gives the loop's time."""
+
+    def __init__(
+        self,
+        directory: ModelDirectory,
+        clock: Callable[[], float],
+        *,
+        aliases: Mapping[str, str],
+        classes: Mapping[str, int],
+        default_class: str,
+        describe: Callable[[Flight], str],
+        reads_text: bool = True,
+    ) -> None:
+        self.aliases = dict(aliases)
+        self.classes = dict(classes)
+        self.default_class = default_class
+        self._directory = directory
+        self._clock = clock
+        self._describe = describe
+        self._reads_text = reads_text
+        self._conversations: OrderedDict[str, str] = OrderedDict()
+        self._lore: dict[str, Lore] = {}
+        self._prefix = secrets.token_hex(4)
+        self._count = itertools.count(1)
+
+    def flight(self, request: Request, size: int, headers: Mapping[str, str]) -> Flight:
+        """A job ready to be submitted. ``size``: bytes of the request's body.
+
+        Raises:
+            ModelNotFound: no upstream serves it.
+            ClientError: a header that makes no sense.
+        """
+        model = self._model(request.model)
+        able = self._directory.capabilities(model)
+        mode, reason = continuation(request, able)
+        lore = self._lore.get(model)
+        if lore is None:
+            lore = self._lore[model] = Lore()
+        answer = Answer(request, mode, reason=reason, context=able.context.get(model), model=model, lore=lore)
+        class_name, rank = self._class(headers.get("X-Elis-Class"))
+        conversation = self._conversation(request)
+        job_id = f"{self._prefix}-{next(self._count):x}"
+        spec = JobSpec(
+            id=job_id,
+            model=model,
+            app=headers.get("X-Elis-App") or _app(request, headers.get("Authorization", "")),
+            prompt=request.prompt_text if self._reads_text else "",
+            prompt_tokens=size // 4,
+            limit=answer.limit,
+            rank=rank,
+            deadline=self._deadline(headers.get("X-Elis-Deadline")),
+            sliceable=mode is not Mode.WHOLE,
+            conversation=conversation or job_id,
+        )
+        describe = self._describe if headers.get("X-Elis-Debug") == "1" else None
+        return Flight(spec, request, answer, class_name=class_name, describe=describe)
+
+    def remember(self, flight: Flight) -> None:
+        """The answer is complete: the next turn of this conversation will begin with what we saw of it."""
+        key = flight.request.next_conversation_key(flight.answer.text)
+        if key is None:
+            return
+        memory = self._conversations
+        memory[key] = flight.spec.conversation or flight.spec.id
+        memory.move_to_end(key)
+        if len(memory) > _CONVERSATIONS:
+            memory.popitem(last=False)
+
+    def _model(self, name: str) -> str:
+        """The name an upstream knows it by. A request that names none means the only one there is."""
+        if not name and len(models := self._directory.models) == 1:
+            return next(iter(models))
+        if not name:
+            raise ClientError("you must provide a model parameter", param="model", code="missing_model")
+        model = self.aliases.get(name, name)
+        if not self._directory.knows(model):
+            raise ModelNotFound(name)
+        return model
+
+    def _conversation(self, request: Request) -> str | None:
+        key = request.conversation_key()
+        return None if key is None else self._conversations.get(key)
+
+    def _class(self, name: str | None) -> tuple[str, int]:
+        name = name or self.default_class
+        try:
+            return name, self.classes[name]
+        except KeyError:
+            known = ", ".join(sorted(self.classes))
+            raise ClientError(
+                f"X-Elis-Class: expected one of {known}; got {name!r}", param="X-Elis-Class", code="unknown_class"
+            ) from None
+
+    def _deadline(self, value: str | None) -> float | None:
+        if value is None:
+            return None
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = -1.0
+        if not 0.0 < seconds < float("inf"):
+            raise ClientError(
+                f"X-Elis-Deadline: expected seconds above 0, got {value!r}",
+                param="X-Elis-Deadline",
+                code="bad_deadline",
+            )
+        return self._clock() + seconds
+
+
+def continuation(request: Request, able: Capabilities) -> tuple[Mode, str]:
+    """How an answer to ``request`` may be continued on upstreams that are ``able``, and if it may not, why."""
+    if request.unsliceable is not None:
+        return Mode.WHOLE, request.unsliceable
+    if request.route is Route.CHAT and able.chat_parser:
+        return Mode.WHOLE, "chat_parser"
+    if able.ids:
+        return Mode.IDS, ""
+    if able.text:
+        return Mode.TEXT, ""
+    return Mode.WHOLE, "no_token_ids"
+
+
+def _app(request: Request, client_key: str) -> str:
+    digest = hashlib.blake2b(client_key.encode(), digest_size=8)
+    for part in request.app_parts:
+        digest.update(b"\0")
+        digest.update(part.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

@@ -1,0 +1,94 @@
+"""The jobs of the last while: one log line each as they end, and their story for the admin listener.
+
+Knows: which facts of a job tell a person what happened to it. Never: metrics, files, who asks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from typing import Any
+
+from elis_gateway.flight import Flight, Leg
+
+__all__ = ["Journal", "story"]
+
+_log = logging.getLogger("elis_gateway.jobs")
+_KEPT = 512
+"""Finished jobs remembered."""
+
+
+def story(flight: Flight, now: float) -> dict[str, Any]:
+    """One job, live or over, as the admin listener shows it. Times are seconds from its arrival."""
+    job, answer = flight.job, flight.answer
+    if job is None:
+        return {"job_id": flight.spec.id, "model": flight.spec.model, "state": "new"}
+    start = job.arrival
+    waited = job.waited if job.state.value != "ready" else job.waited + now - job.ready_since
+    return {
+        "job_id": job.id,
+        "model": job.spec.model,
+        "app": job.spec.app,
+        "class": flight.class_name,
+        "state": job.state.value,
+        "outcome": job.outcome.value if job.outcome is not None else None,
+        "cause": job.cause,
+        "sliced": f"no; {answer.reason}" if answer.reason else answer.mode.value,
+        "tokens": job.attained,
+        "limit": job.spec.limit,
+        "age": (job.finished if job.finished is not None else now) - start,
+        "queue_wait": waited,
+        "first_token": None if job.first_token is None else job.first_token - start,
+        "preemptions": job.preemptions,
+        "slices": [
+            {
+                "upstream": leg.upstream,
+                "start": leg.sent - start,
+                "tokens": leg.tokens,
+                "end": leg.end,
+                "cause": leg.cause,
+            }
+            for leg in flight.legs
+        ],
+        "prediction_history": list(flight.estimates),
+    }
+
+
+class Journal:
+    """An observer that remembers the last finished jobs and logs each."""
+
+    def __init__(self) -> None:
+        self._finished: OrderedDict[str, dict[str, Any]] = OrderedDict()
+
+    def submitted(self, flight: Flight) -> None:
+        """Nothing to tell yet."""
+
+    def estimated(self, flight: Flight, seconds: float) -> None:
+        """Part of the story at its end."""
+
+    def slice_ended(self, flight: Flight, leg: Leg) -> None:
+        """Part of the story at its end."""
+
+    def finished(self, flight: Flight) -> None:
+        """A job is over."""
+        job = flight.job
+        if job is None or job.outcome is None or job.finished is None:
+            return
+        finished = self._finished
+        finished[job.id] = story(flight, job.finished)
+        if len(finished) > _KEPT:
+            finished.popitem(last=False)
+        if _log.isEnabledFor(logging.INFO):
+            _log.info(
+                "request %s: %s%s, %d tokens in %.3f s, waited %.3f s, %d slices, %d preemptions",
+                job.id, job.outcome.value, f" ({job.cause})" if job.cause else "", job.attained,
+                job.finished - job.arrival, job.waited, job.slices, job.preemptions,
+            )  # fmt: skip
+
+    def get(self, job_id: str) -> dict[str, Any] | None:
+        """The story of a finished job, as long as it is remembered."""
+        return self._finished.get(job_id)
+
+    def recent(self, count: int) -> list[dict[str, Any]]:
+        """The last finished jobs, newest first."""
+        return [self._finished[k] for k, _ in zip(reversed(self._finished), range(count), strict=False)]

@@ -1,0 +1,69 @@
+"""The upstream protocol: open a call, iterate over what arrives, close it at any moment. Never: aiohttp, JSON.
+
+Two implementations satisfy it: ``http.HttpUpstream`` and the in-process fake of the tests; one suite runs over both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from types import MappingProxyType, TracebackType
+from typing import NamedTuple, Protocol, Self
+
+from elis_gateway.wire.continuation import Call
+
+__all__ = ["Capabilities", "Session", "Upstream"]
+
+
+class Capabilities(NamedTuple):
+    """What an upstream was seen to do; nothing here is believed from its documentation."""
+
+    models: frozenset[str] = frozenset()
+    """Names its /v1/models lists, or the ones the operator configured."""
+    context: Mapping[str, int] = MappingProxyType({})
+    """Context length by model in tokens, prompt and answer together, where the upstream says so."""
+    ids: bool = False
+    """It returns the token ids of prompt and answer, and takes ids as a prompt."""
+    text: bool = False
+    """The operator allows answers to be continued by text."""
+    orders: bool = False
+    """It orders its own waiting calls by the field ``priority`` (seen, not believed)."""
+    chat_parser: bool = False
+    """Chat runs through a reasoning or tool parser, which a continuation would bypass."""
+    kind: str = "other"
+    """``vllm``, ``llama.cpp`` or ``other``: for people and metrics, decides nothing."""
+
+
+class Session(Protocol):
+    """One call. Entering it sends the request and waits for the status; leaving it early closes the socket at once.
+
+    Entering, iterating and ``whole`` raise ``UpstreamRefused`` (an error status) and ``UpstreamUnavailable`` (refused,
+    reset, stalled, garbage).
+    """
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def __aiter__(self) -> AsyncIterator[list[bytes]]:
+        """Payloads of the event stream, one list per read from the network; ends after ``[DONE]`` or end of file."""
+
+    async def whole(self) -> bytes:
+        """The body of a call that does not stream."""
+
+    def pending(self) -> list[bytes]:
+        """Payloads that have arrived and were not iterated over yet. Never waits, never raises."""
+
+
+class Upstream(Protocol):
+    """One engine."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    def open(self, call: Call, *, request_id: str) -> Session:
+        """Prepare a call; nothing is sent before the session is entered. ``request_id``: one per slice."""

@@ -1,0 +1,248 @@
+"""All upstreams together: who is in service, what they serve and can do; tells a listener when that changes.
+
+Knows: probing loops and capabilities. Never: jobs, slots in use, choosing an upstream for a job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from elis_gateway import config
+from elis_gateway.core.placement import UpstreamInfo
+from elis_gateway.errors import UpstreamError
+from elis_gateway.tasks import spawn
+from elis_gateway.upstream.base import Capabilities
+from elis_gateway.upstream.health import Health
+from elis_gateway.upstream.http import HttpUpstream
+from elis_gateway.upstream.probe import probe
+
+__all__ = ["Fleet"]
+
+_log = logging.getLogger("elis_gateway.upstream")
+
+Listener = Callable[[UpstreamInfo], None]
+
+
+class _Member:
+    """One upstream, its health, and the task that looks after it."""
+
+    def __init__(self, settings: config.Upstream, overcommit: int, changed: Callable[[_Member], None]) -> None:
+        self.settings = settings
+        self.overcommit = overcommit if settings.overcommit is None else settings.overcommit
+        self.upstream = HttpUpstream(settings, report=self._failed)
+        self.health = Health(settings.health)
+        self.draining = False
+        self.published: UpstreamInfo | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.looked = asyncio.Event()
+        """Set once the first probe is over, whatever it said."""
+        self._changed = changed
+        self._nudge = asyncio.Event()
+        self._capable = False
+
+    @property
+    def info(self) -> UpstreamInfo:
+        now = asyncio.get_running_loop().time()
+        serves = self.health.in_service(now) and not self.draining
+        capabilities = self.upstream.capabilities
+        return UpstreamInfo(
+            self.upstream.id,
+            capabilities.models,
+            self.settings.slots if serves else 0,
+            self.overcommit,
+            capabilities.orders,
+        )
+
+    async def watch(self) -> None:
+        """Look after it until cancelled: probe, ask what it can do when it comes back, tell the listener."""
+        loop = asyncio.get_running_loop()
+        while True:
+            self._nudge.clear()
+            await self._look()
+            self._changed(self)
+            self.looked.set()
+            try:
+                async with asyncio.timeout(self.health.next_look(loop.time())):
+                    await self._nudge.wait()
+            except TimeoutError:
+                pass
+
+    async def _look(self) -> None:
+        was_up = self.health.up
+        try:
+            await self.upstream.get(self.settings.health.path)
+            if not (was_up and self._capable):
+                # New, or back after an absence in which it may have become another: ask before it gets work.
+                self.upstream.capabilities = await probe(self.upstream, orders=self.overcommit > 0)
+                self._capable = True
+        except UpstreamError as error:
+            self.health.probed(False, error.cause)
+        else:
+            self.health.probed(True)
+        if was_up and not self.health.up:
+            self._capable = False
+        if was_up != self.health.up:
+            _log.info("upstream %s is %s", self.upstream.id, "up" if self.health.up else f"down: {self.health.cause}")
+
+    def _failed(self, error: UpstreamError) -> None:
+        """A call failed. What it means is settled now: whoever asks next must not be sent there again."""
+        was_up = self.health.up
+        self.health.failed(error, asyncio.get_running_loop().time())
+        if was_up and not self.health.up:
+            self._capable = False
+            _log.warning("upstream %s is down: %s", self.upstream.id, error)
+        self._changed(self)
+        self._nudge.set()
+
+
+class Fleet:
+    """The upstreams of one gateway. ``listener`` hears of every change, from the event loop, never before ``start``."""
+
+    def __init__(self, upstreams: Sequence[config.Upstream], listener: Listener, *, overcommit: int = 0) -> None:
+        self._listener = listener
+        self._overcommit = overcommit
+        self._members: dict[str, _Member] = {}
+        self._upstreams: dict[str, HttpUpstream] = {}
+        self._by_model: dict[str, Capabilities] = {}
+        for settings in upstreams:
+            self._add(settings)
+
+    @property
+    def upstreams(self) -> Mapping[str, HttpUpstream]:
+        """By id. The same mapping for the fleet's whole life."""
+        return self._upstreams
+
+    async def start(self, *, patience: float = 2.0) -> None:
+        """Open the connection pools and begin to probe; returns when every upstream was looked at once, or ``patience``
+        seconds have passed."""
+        for member in self._members.values():
+            await self._watch(member)
+        looks = [spawn(m.looked.wait(), name="first look") for m in self._members.values()]
+        if looks:
+            _, pending = await asyncio.wait(looks, timeout=patience)
+            for look in pending:
+                look.cancel()
+
+    async def close(self) -> None:
+        """Stop probing and close every connection."""
+        for member in self._members.values():
+            await _stop(member)
+
+    # --- views ---------------------------------------------------------------------------------------------------
+
+    def knows(self, model: str) -> bool:
+        """Does any upstream serve it, up or not? True as long as some upstream has never been heard of its models."""
+        served = (m.upstream.capabilities.models for m in self._members.values())
+        return any(model in models or not models for models in served)
+
+    def serving(self, model: str | None) -> list[HttpUpstream]:
+        """Upstreams in service that have ``model`` (None: any)."""
+        return [
+            m.upstream
+            for m in self._members.values()
+            if m.info.slots and (model is None or model in m.upstream.capabilities.models)
+        ]
+
+    @property
+    def models(self) -> dict[str, int | None]:
+        """Every model of an upstream in service, and its context length where that is known."""
+        found: dict[str, int | None] = {}
+        for member in self._members.values():
+            if member.info.slots:
+                for model in sorted(member.upstream.capabilities.models):
+                    found.setdefault(model, member.upstream.capabilities.context.get(model))
+        return found
+
+    def capabilities(self, model: str) -> Capabilities:
+        """What every upstream of ``model`` can do: the least of them, since a job may continue on any."""
+        merged = self._by_model.get(model)
+        if merged is None:
+            known = [m.upstream.capabilities for m in self._members.values() if m.health.known]
+            merged = self._by_model[model] = _least([c for c in known if model in c.models], model)
+            if len(self._by_model) > 1024:
+                self._by_model.clear()
+        return merged
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Every upstream as the admin listener shows it."""
+        return [
+            {
+                "id": m.upstream.id,
+                "url": m.settings.url,
+                "up": m.health.up,
+                "in_service": m.info.slots > 0,
+                "draining": m.draining,
+                "cause": m.health.cause,
+                "slots": m.settings.slots,
+                "overcommit": m.overcommit,
+                "kind": m.upstream.capabilities.kind,
+                "models": sorted(m.upstream.capabilities.models),
+                "context": dict(m.upstream.capabilities.context),
+                "token_ids": m.upstream.capabilities.ids,
+                "orders_by_priority": m.upstream.capabilities.orders,
+            }
+            for m in self._members.values()
+        ]
+
+    # --- changes -------------------------------------------------------------------------------------------------
+
+    async def add(self, settings: config.Upstream) -> None:
+        """Begin to use another upstream. Raises ``ConfigError`` for keys or certificates that cannot be read."""
+        await self._watch(self._add(settings))
+
+    def drain(self, upstream_id: str, *, draining: bool = True) -> None:
+        """Send it nothing more (or again); what runs there finishes."""
+        member = self._members[upstream_id]
+        member.draining = draining
+        self._publish(member)
+
+    async def remove(self, upstream_id: str) -> None:
+        """Forget a drained upstream."""
+        member = self._members.pop(upstream_id)
+        self._by_model.clear()
+        del self._upstreams[upstream_id]
+        await _stop(member)
+
+    def _add(self, settings: config.Upstream) -> _Member:
+        member = _Member(settings, self._overcommit, self._publish)
+        self._members[settings.name] = member
+        self._upstreams[settings.name] = member.upstream
+        return member
+
+    async def _watch(self, member: _Member) -> None:
+        await member.upstream.start()
+        self._publish(member)
+        member.task = spawn(member.watch(), name=f"watch {member.upstream.id}")
+
+    def _publish(self, member: _Member) -> None:
+        self._by_model.clear()
+        info = member.info
+        if info != member.published:
+            member.published = info
+            self._listener(info)
+
+
+async def _stop(member: _Member) -> None:
+    if member.task is not None:
+        member.task.cancel()
+        await asyncio.wait([member.task])
+    await member.upstream.close()
+
+
+def _least(able: list[Capabilities], model: str) -> Capabilities:
+    if not able:
+        # Nothing is known yet. Assume the best: a call that is refused for it is repeated unsliced.
+        return Capabilities(ids=True)
+    contexts = [c.context[model] for c in able if model in c.context]
+    return Capabilities(
+        models=frozenset({model}),
+        context={model: min(contexts)} if contexts else {},
+        ids=all(c.ids for c in able),
+        text=all(c.ids or c.text for c in able),
+        orders=all(c.orders for c in able),
+        chat_parser=any(c.chat_parser for c in able),
+        kind=able[0].kind,
+    )

@@ -1,0 +1,86 @@
+"""Is an upstream in service? A state machine over events and ``now``. Never: sockets, timers, choosing upstreams.
+
+Calls that cannot connect take it out at once; lost probes only after several in a row, and only several good ones
+bring it back, so that one accident moves nothing. An upstream that asks for a pause (429 or 503) gets it.
+"""
+
+from __future__ import annotations
+
+from elis_gateway import config
+from elis_gateway.errors import UpstreamError, UpstreamRefused
+
+__all__ = ["Health"]
+
+_EAGER = 0.25
+"""First wait between probes of an upstream that has just gone down, doubling up to the interval."""
+_PAUSE = 0.5
+"""Seconds a shedding upstream is left alone when it does not say for how long."""
+_LONGEST_PAUSE = 60.0
+_DOWN_AT_ONCE = frozenset({"connect", "reset", "dns", "tls"})
+
+
+class Health:
+    """Starts unknown, which is not in service; the first good probe is enough to begin with."""
+
+    __slots__ = ("_bad", "_good", "_held_until", "_settings", "_wait", "cause", "known", "up")
+
+    def __init__(self, settings: config.Health) -> None:
+        self._settings = settings
+        self.up = False
+        self.known = False
+        """It has answered a probe at least once, ever."""
+        self.cause = "unknown"
+        """Why it is not up; ``""`` while it is."""
+        self._good = 0
+        self._bad = 0
+        self._held_until = 0.0
+        self._wait = _EAGER
+
+    def probed(self, ok: bool, cause: str = "") -> None:
+        """A probe came back."""
+        if ok:
+            self._bad = 0
+            self._good += 1
+            if not self.up and (not self.known or self._good >= self._settings.up_after):
+                self.up = True
+                self.cause = ""
+                self._wait = _EAGER
+            self.known = True
+            return
+        self._good = 0
+        self._bad += 1
+        if not self.up:
+            self.cause = cause
+        elif self._bad >= self._settings.down_after:
+            self._go_down(cause)
+
+    def failed(self, error: UpstreamError, now: float) -> None:
+        """A call failed."""
+        if isinstance(error, UpstreamRefused):
+            if error.status in (429, 503):
+                pause = _PAUSE if error.retry_after is None else min(error.retry_after, _LONGEST_PAUSE)
+                self._held_until = max(self._held_until, now + pause)
+        elif error.cause in _DOWN_AT_ONCE and self.up:
+            self._go_down(error.cause)
+
+    def in_service(self, now: float) -> bool:
+        """May calls be sent there?"""
+        return self.up and now >= self._held_until
+
+    def next_look(self, now: float) -> float:
+        """Seconds until it should be looked at again: probed, or found to be past its pause."""
+        if self.up:
+            pause = self._held_until - now
+            return min(self._settings.interval, pause) if pause > 0 else self._settings.interval
+        wait = min(self._wait, self._settings.interval)
+        self._wait = min(self._wait * 2.0, self._settings.interval)
+        return wait
+
+    def _go_down(self, cause: str) -> None:
+        self.up = False
+        self.cause = cause
+        self._good = 0
+        self._wait = _EAGER
+
+    def __repr__(self) -> str:
+        return f"<Health {'up' if self.up else f'down ({self.cause})'} good={self._good} bad={self._bad}>"

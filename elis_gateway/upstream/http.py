@@ -1,0 +1,378 @@
+"""One engine over HTTP: an aiohttp client without its limits, our timeouts, and our exceptions only.
+
+Knows: sockets, timeouts, aborts, TLS, and which aiohttp or OS exception means what. Never: policies; JSON shapes.
+
+Two clocks guard a call, both without cost per token: the wait for the first byte and the silence between two reads
+share one timer that is set once and, when it fires, looks at when the upstream was last heard (a lazy timer).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+import aiohttp
+from multidict import CIMultiDict
+from yarl import URL
+
+from elis_gateway import config
+from elis_gateway.errors import ConfigError, UpstreamError, UpstreamRefused, UpstreamUnavailable
+from elis_gateway.upstream.base import Capabilities
+from elis_gateway.wire.continuation import Call
+from elis_gateway.wire.sse import DONE, EventDecoder
+
+__all__ = ["HttpSession", "HttpUpstream", "abort", "retry_after", "unavailable"]
+
+_POOL_IDLE = 4.0
+"""Seconds an idle connection is kept: less than the 5 s after which uvicorn, under vLLM, closes it."""
+_READ_BUFFER = 256 * 1024
+_HEADER_LIMIT = 64 * 1024
+_ERROR_BODY_LIMIT = 1024 * 1024
+_ANSWER_LIMIT = 256 * 1024 * 1024
+_SETTLE = 1.0
+"""Seconds to wait after the last event for the end of the body, so that the connection can be used again."""
+
+Report = Callable[[UpstreamError], None]
+"""Told of every failure of the upstream itself, before the caller sees it."""
+
+
+class HttpUpstream:
+    """An engine behind a base URL. ``start`` before use, ``close`` after."""
+
+    def __init__(self, settings: config.Upstream, *, report: Report | None = None) -> None:
+        self.id = settings.name
+        self.settings = settings
+        self.capabilities = Capabilities(models=frozenset(settings.models))
+        self._report = report
+        self._client: aiohttp.ClientSession | None = None
+        self._urls: dict[str, URL] = {}
+        self._headers = CIMultiDict({"Content-Type": "application/json", "Accept-Encoding": "identity"})
+        if (key := _api_key(settings.api_key_env)) is not None:
+            self._headers["Authorization"] = f"Bearer {key}"
+
+    @property
+    def client(self) -> aiohttp.ClientSession:
+        """The session of this upstream's connections."""
+        if self._client is None:
+            raise RuntimeError(f"upstream {self.id} is not started")
+        return self._client
+
+    async def start(self) -> None:
+        """Make the connection pool. Raises ``ConfigError`` for certificates that cannot be read."""
+        timeouts = self.settings.timeouts
+        self._client = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=0, keepalive_timeout=_POOL_IDLE, ssl=_ssl(self.settings.tls), ttl_dns_cache=10
+            ),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=timeouts.connect or None),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            skip_auto_headers=("User-Agent", "Accept"),
+            read_bufsize=_READ_BUFFER,
+            max_line_size=_HEADER_LIMIT,
+            max_field_size=_HEADER_LIMIT,
+        )
+
+    async def close(self) -> None:
+        """Close every connection."""
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
+
+    def open(self, call: Call, *, request_id: str) -> HttpSession:
+        """Prepare a call; nothing is sent before the session is entered."""
+        return HttpSession(self, call, request_id)
+
+    def url(self, path: str) -> URL:
+        """The address of ``path``, which starts with a slash; percent-encoding in it is left alone."""
+        url = self._urls.get(path)
+        if url is None:
+            url = URL(self.settings.url + path, encoded=True)
+            if len(self._urls) < 64:
+                self._urls[path] = url
+        return url
+
+    def headers(self, request_id: str | None = None) -> CIMultiDict[str]:
+        """Headers of a call of ours: content type, our key, never the client's."""
+        headers = self._headers.copy()
+        if request_id is not None:
+            headers["X-Request-Id"] = request_id
+        return headers
+
+    async def get(self, path: str) -> bytes:
+        """The body of a GET within the probe's time limit. Raises ``UpstreamError``."""
+        limit = self.settings.health.timeout
+        try:
+            async with asyncio.timeout(limit), self.client.get(self.url(path), headers=self.headers()) as response:
+                body = await response.content.read(_ERROR_BODY_LIMIT)
+                if response.status // 100 != 2:
+                    raise UpstreamRefused(response.status, body)
+                return body
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise unavailable(self.id, error) from error
+
+    def failed(self, error: UpstreamError) -> UpstreamError:
+        """Report ``error`` to whoever watches this upstream's health, and hand it back to be raised."""
+        if self._report is not None:
+            self._report(error)
+        return error
+
+
+class HttpSession:
+    """One call over one connection. See ``base.Session``."""
+
+    __slots__ = (
+        "_call", "_content", "_decoder", "_done", "_heard", "_limit", "_loop", "_request_id", "_response", "_stalled",
+        "_task", "_timer", "_upstream",
+    )  # fmt: skip
+
+    def __init__(self, upstream: HttpUpstream, call: Call, request_id: str) -> None:
+        self._upstream = upstream
+        self._call = call
+        self._request_id = request_id
+        self._decoder = EventDecoder()
+        self._response: aiohttp.ClientResponse | None = None
+        self._content: aiohttp.StreamReader | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[object] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._heard = 0.0
+        self._limit = 0.0
+        self._stalled = False
+        self._done = False
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.current_task()
+        self._watch(self._upstream.settings.timeouts.first_byte)
+        try:
+            response = await self._post()
+            if response.status != 200:
+                raise self._upstream.failed(await self._refusal(response))
+            self._content = response.content
+            if self._call.stream and response.content_type != "text/event-stream":
+                raise self._broken("garbage", f"a stream was asked for, {response.content_type} came")
+        except BaseException as error:
+            self._abort()
+            if (ours := self._ours(error)) is None:
+                raise
+            raise ours from error
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._unwatch()
+        if self._response is None:
+            return
+        if kind is not None or not self._done:
+            self._abort()
+            return
+        await self._settle()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> list[bytes]:
+        content = self._content
+        if self._done or content is None:
+            raise StopAsyncIteration
+        while True:
+            try:
+                data = await content.readany()
+            except (asyncio.CancelledError, aiohttp.ClientError, OSError) as error:
+                if (ours := self._ours(error)) is None:
+                    raise
+                raise ours from error
+            if not data:
+                self._done = True
+                raise StopAsyncIteration
+            self._hear()
+            if payloads := self._decoder.feed(data):
+                self._done = payloads[-1] == DONE
+                return payloads
+
+    async def whole(self) -> bytes:
+        """The whole body. Raises as iterating does."""
+        content = self._content
+        if content is None:
+            raise RuntimeError("the session was not entered")
+        parts: list[bytes] = []
+        size = 0
+        try:
+            while data := await content.readany():
+                self._hear()
+                parts.append(data)
+                size += len(data)
+                if size > _ANSWER_LIMIT:
+                    raise self._broken("garbage", "the answer does not end")
+        except (asyncio.CancelledError, aiohttp.ClientError, OSError) as error:
+            if (ours := self._ours(error)) is None:
+                raise
+            raise ours from error
+        self._done = True
+        return b"".join(parts)
+
+    def pending(self) -> list[bytes]:
+        """What arrived and was not iterated over yet."""
+        if self._content is None or self._done:
+            return []
+        try:
+            return self._decoder.feed(self._content.read_nowait())
+        except (aiohttp.ClientError, OSError, RuntimeError, UpstreamError):
+            return []
+
+    # --- connecting ----------------------------------------------------------------------------------------------
+
+    async def _post(self) -> aiohttp.ClientResponse:
+        upstream, call = self._upstream, self._call
+        url = upstream.url(call.path)
+        headers = upstream.headers(self._request_id)
+        try:
+            response = await upstream.client.post(url, data=call.body, headers=headers, allow_redirects=False)
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+            if isinstance(error, aiohttp.ClientConnectorError):
+                raise
+            # An idle connection may close in the moment we use it. No byte of an answer came: once more is safe, and
+            # if the upstream is really gone, connecting says so.
+            response = await upstream.client.post(url, data=call.body, headers=headers, allow_redirects=False)
+        self._response = response
+        return response
+
+    async def _refusal(self, response: aiohttp.ClientResponse) -> UpstreamError:
+        body = await response.content.read(_ERROR_BODY_LIMIT)
+        self._done = response.content.at_eof()
+        return UpstreamRefused(response.status, body, retry_after=retry_after(response.headers.get("Retry-After")))
+
+    # --- ending --------------------------------------------------------------------------------------------------
+
+    async def _settle(self) -> None:
+        """The last event has come: read on to the end of the body, so that the connection goes back to the pool."""
+        response, content = self._response, self._content
+        assert response is not None
+        assert content is not None
+        if not content.at_eof():
+            try:
+                async with asyncio.timeout(_SETTLE):
+                    while await content.readany():
+                        pass
+            except (TimeoutError, aiohttp.ClientError, OSError):
+                self._abort()
+                return
+            except asyncio.CancelledError:
+                self._abort()
+                raise
+        response.release()
+        self._response = None
+
+    def _abort(self) -> None:
+        self._unwatch()
+        response, self._response = self._response, None
+        if response is not None:
+            abort(response)
+
+    # --- stalls and errors ---------------------------------------------------------------------------------------
+
+    def _watch(self, limit: float) -> None:
+        self._limit = limit
+        self._heard = self._loop.time()
+        if limit > 0:
+            self._timer = self._loop.call_at(self._heard + limit, self._look)
+
+    def _unwatch(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _hear(self) -> None:
+        self._heard = self._loop.time()
+        if self._limit != (limit := self._upstream.settings.timeouts.inter_token):
+            # The first byte is here: from now on the shorter patience counts.
+            self._unwatch()
+            self._watch(limit)
+
+    def _look(self) -> None:
+        due = self._heard + self._limit
+        if self._loop.time() < due:
+            self._timer = self._loop.call_at(due, self._look)
+            return
+        self._timer = None
+        self._stalled = True
+        if self._task is not None:
+            self._task.cancel()
+
+    def _ours(self, error: BaseException) -> UpstreamError | None:
+        """Our exception for ``error``; None: it is ours already, a true cancellation, or a bug."""
+        if isinstance(error, asyncio.CancelledError):
+            if not self._stalled or (self._task is not None and self._task.uncancel() > 0):
+                return None
+            return self._broken("stall", f"nothing heard for {self._limit:g} s")
+        if isinstance(error, (aiohttp.ClientError, OSError)):
+            return self._upstream.failed(unavailable(self._upstream.id, error))
+        return None
+
+    def _broken(self, cause: str, message: str) -> UpstreamError:
+        return self._upstream.failed(UpstreamUnavailable(f"{self._upstream.id}: {message}", cause=cause))
+
+
+def abort(response: aiohttp.ClientResponse) -> None:
+    """Close a response's socket now: not after a TLS goodbye, not after what is still to be written."""
+    connection = response.connection
+    if connection is not None and connection.transport is not None:
+        connection.transport.abort()
+    response.close()
+
+
+def unavailable(name: str, error: BaseException) -> UpstreamUnavailable:
+    """Our exception for an aiohttp or OS exception; the cause is one of connect, dns, tls, timeout, garbage, reset."""
+    if isinstance(error, TimeoutError):
+        cause = "timeout"
+    elif isinstance(error, aiohttp.ClientConnectorDNSError):
+        cause = "dns"
+    elif isinstance(error, (aiohttp.ClientSSLError, ssl.SSLError)):
+        cause = "tls"
+    elif isinstance(error, aiohttp.ClientConnectorError):
+        cause = "connect"
+    elif isinstance(error, (aiohttp.ClientResponseError, aiohttp.InvalidURL)):
+        cause = "garbage"
+    else:
+        cause = "reset"
+    return UpstreamUnavailable(f"{name}: {error or type(error).__name__}", cause=cause)
+
+
+def retry_after(value: str | None) -> float | None:
+    """Seconds of a Retry-After header; the form with a date is not used by engines and counts as absent."""
+    if value is None:
+        return None
+    with suppress(ValueError):
+        seconds = float(value)
+        if 0 <= seconds < 86_400:
+            return seconds
+    return None
+
+
+def _api_key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    if key := os.environ.get(variable):
+        return key
+    raise ConfigError(f"environment variable {variable} (an upstream's api_key_env) is not set")
+
+
+def _ssl(tls: config.TLS) -> ssl.SSLContext | bool:
+    if not tls.verify and tls.cert is None:
+        return False
+    try:
+        context = ssl.create_default_context(cafile=tls.ca)
+        if not tls.verify:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        if tls.cert is not None:
+            context.load_cert_chain(tls.cert, tls.key)
+    except OSError as error:
+        raise ConfigError(f"upstreams: tls: {error}") from error
+    return context

@@ -1,0 +1,180 @@
+"""What can this upstream do? Asked of its behaviour, never of its documentation or its version.
+
+Knows: which small calls tell what. Never: when to ask (that is the fleet's), what to do with the answer.
+
+A reasoning or tool parser cannot be seen from outside; the operator says so (``chat_parser``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import AsyncExitStack
+from typing import Any
+
+import orjson
+
+from elis_gateway.errors import UpstreamError
+from elis_gateway.upstream.base import Capabilities
+from elis_gateway.upstream.http import HttpSession, HttpUpstream
+from elis_gateway.wire.continuation import Call
+
+__all__ = ["probe"]
+
+_log = logging.getLogger("elis_gateway.upstream")
+_COMPLETIONS = "/v1/completions"
+_PATIENCE = 30.0
+"""Longest wait for one probing call: the engine may be full of other people's work."""
+_QUEUED = 0.1
+"""Seconds after which a call surely stands in the engine's queue."""
+
+
+async def probe(upstream: HttpUpstream, *, orders: bool = False) -> Capabilities:
+    """Everything that can be found out. ``orders``: whether it is worth finding out if the engine orders its queue,
+    which takes a few seconds of all its slots.
+
+    Raises:
+        UpstreamError: it does not answer, or refuses to list its models.
+    """
+    settings = upstream.settings
+    listed = _models(await upstream.get("/v1/models"))
+    models = frozenset(settings.models) or frozenset(listed)
+    context = {name: length for name in models if (length := settings.context or listed.get(name))}
+    model = min(models, default=None)
+    ids = settings.continuation == "ids"
+    if settings.continuation == "auto" and model is not None:
+        ids = await _returns_ids(upstream, model)
+    ordering = settings.engine_priority == "on"
+    if settings.engine_priority == "auto" and orders and model is not None:
+        ordering = await _orders(upstream, model, settings.slots)
+    return Capabilities(
+        models=models,
+        context=context,
+        ids=ids,
+        text=settings.continuation == "text",
+        orders=ordering,
+        chat_parser=settings.chat_parser,
+        kind=await _kind(upstream),
+    )
+
+
+def _models(body: bytes) -> dict[str, int | None]:
+    """Names, and context lengths where the engine says so (vLLM: max_model_len; llama.cpp: meta.n_ctx)."""
+    found: dict[str, int | None] = {}
+    for entry in _list(_json(body), "data"):
+        if isinstance(entry, dict) and isinstance(name := entry.get("id"), str):
+            length = entry.get("max_model_len")
+            if length is None and isinstance(meta := entry.get("meta"), dict):
+                length = meta.get("n_ctx")
+            found[name] = length if isinstance(length, int) and length > 0 else None
+    return found
+
+
+async def _kind(upstream: HttpUpstream) -> str:
+    for path, sign, kind in (("/version", b'"version"', "vllm"), ("/props", b'"total_slots"', "llama.cpp")):
+        try:
+            if sign in await upstream.get(path):
+                return kind
+        except UpstreamError:
+            continue
+    return "other"
+
+
+async def _returns_ids(upstream: HttpUpstream, model: str) -> bool:
+    """One token, twice: once to see that ids come back, once to see that ids are taken as they are."""
+    first = await _complete(upstream, model, "Hello")
+    prompt, answer = _ids(first)
+    if not prompt or not answer:
+        return False
+    again, _ = _ids(await _complete(upstream, model, prompt + answer))
+    return again == prompt + answer
+
+
+async def _complete(upstream: HttpUpstream, model: str, prompt: str | list[int]) -> Any:
+    body = {
+        "model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "return_token_ids": True,
+    }  # fmt: skip
+    try:
+        async with asyncio.timeout(_PATIENCE), upstream.open(_call(body, stream=False), request_id="probe") as session:
+            return _json(await session.whole())
+    except (UpstreamError, TimeoutError) as error:
+        _log.debug("upstream %s: probe for token ids: %s", upstream.id, error)
+        return None
+
+
+def _ids(answer: Any) -> tuple[list[int], list[int]]:
+    choice = next(iter(_list(answer, "choices")), None)
+    if not isinstance(choice, dict):
+        return [], []
+    prompt, tokens = choice.get("prompt_token_ids"), choice.get("token_ids")
+    if not isinstance(prompt, list) or not isinstance(tokens, list):
+        return [], []
+    return prompt, tokens
+
+
+async def _orders(upstream: HttpUpstream, model: str, slots: int) -> bool:
+    """Fill every slot, let an unimportant call wait, then an important one: who starts first?
+
+    An engine may accept ``priority`` and ignore it, so only this order of events counts, seen twice. An engine that
+    others use meanwhile may start both at once: that counts as no.
+    """
+    try:
+        async with asyncio.timeout(_PATIENCE * 2):
+            return await _overtakes(upstream, model, slots) and await _overtakes(upstream, model, slots)
+    except (UpstreamError, TimeoutError) as error:
+        _log.debug("upstream %s: probe for priorities: %s", upstream.id, error)
+        return False
+
+
+async def _overtakes(upstream: HttpUpstream, model: str, slots: int) -> bool:
+    async with AsyncExitStack() as stack:
+        blockers = [
+            await stack.enter_async_context(upstream.open(_long(model, priority=0), request_id=f"probe-block-{n}"))
+            for n in range(slots)
+        ]
+        await asyncio.gather(*(_first_token(session) for session in blockers))
+        started: list[str] = []
+        async with asyncio.TaskGroup() as group:
+            group.create_task(_start(upstream, model, 1000, "late", started))
+            await asyncio.sleep(_QUEUED)
+            group.create_task(_start(upstream, model, -1000, "early", started))
+            await asyncio.sleep(_QUEUED)
+            if started:
+                # A slot was free after all.
+                return False
+            await stack.aclose()
+        return started == ["early", "late"]
+
+
+def _long(model: str, *, priority: int) -> Call:
+    body = {
+        "model": model, "prompt": "Count.", "max_tokens": 512, "ignore_eos": True, "stream": True, "priority": priority,
+    }  # fmt: skip
+    return _call(body, stream=True)
+
+
+async def _start(upstream: HttpUpstream, model: str, priority: int, name: str, started: list[str]) -> None:
+    async with upstream.open(_long(model, priority=priority), request_id=f"probe-{name}") as session:
+        await _first_token(session)
+        started.append(name)
+
+
+async def _first_token(session: HttpSession) -> None:
+    async for _ in session:
+        return
+
+
+def _call(body: dict[str, Any], *, stream: bool) -> Call:
+    return Call(_COMPLETIONS, orjson.dumps(body), stream)
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+
+
+def _list(value: Any, key: str) -> list[Any]:
+    found = value.get(key) if isinstance(value, dict) else None
+    return found if isinstance(found, list) else []
