@@ -13,9 +13,9 @@ __all__ = ["Fault", "FaultBook", "Kind"]
 
 Kind = Literal["status", "hang", "reset", "close", "end", "stall", "garbage", "error_event", "drip"]
 """status: refuse with ``status`` before anything else. hang: accept and never answer. drip: all the while, bytes come a
-few at a time, ``seconds`` apart. The others happen after ``after`` tokens. reset: the connection is reset. close: closed
-in the middle of the chunked body. end: the body ends properly, without ``[DONE]``. stall: nothing for ``seconds``.
-garbage: bytes that are no event. error_event: the engine's own error, as an event."""
+few at a time, ``seconds`` apart. The others happen after ``after`` tokens. reset: the connection is reset. close: it is
+closed in the middle of the chunked body. end: the body ends properly, without ``[DONE]``. stall: nothing for
+``seconds``. garbage: bytes that are no event. error_event: the engine's own error, as an event."""
 
 
 @dataclass
