@@ -1,0 +1,157 @@
+"""The bodies of upstream calls: the client's own request, its first window, and its continuations.
+
+Knows: request fields of vLLM 0.32 (and, for continuation by text, what most OpenAI-like servers share). Never: what
+came back, or why a call is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import orjson
+
+from elis_gateway.wire.openai import Request, Route
+from elis_gateway.wire.parameters import CARRIED
+
+__all__ = ["BLIND_LIMIT", "COMPLETIONS_DEFAULT", "Call", "by_ids", "by_text", "first", "own", "shortens"]
+
+COMPLETIONS_DEFAULT = 16
+"""``max_tokens`` of a completion that names none: OpenAI's default and vLLM's."""
+
+BLIND_LIMIT = 256
+"""Tokens to ask for where neither the client nor the engine's context says how many may follow."""
+
+
+class Call(NamedTuple):
+    """One POST to an upstream."""
+
+    path: str
+    body: bytes
+    stream: bool
+    """The response is an event stream; else one JSON document."""
+
+
+def own(request: Request, model: str, priority: int | None) -> Call:
+    """The client's request as it is, but for the model's name and the engine priority, which are ours to set."""
+    body = request.body
+    if model == body.get("model") and priority is None and "priority" not in body:
+        return Call(request.route.value, request.raw, request.stream)
+    return Call(request.route.value, orjson.dumps(_ours(body, model, priority)), request.stream)
+
+
+def shortens(request: Request, limit: int) -> bool:
+    """Is this fewer tokens than the client's own request would allow?"""
+    own = request.max_tokens
+    if own is None and not request.chat:
+        own = COMPLETIONS_DEFAULT
+    return own is None or limit < own
+
+
+def first(
+    request: Request, model: str, priority: int | None, limit: int | None, *, ids: bool, whole_stops: bool
+) -> Call:
+    """The client's request as a stream that tells what a continuation needs.
+
+    ``limit``: answer tokens to ask for where fewer than the client's own limit, else None. ``ids``: ask for token ids,
+    else for running usage. ``whole_stops``: let stop strings end the call but stay in its text, so that no text
+    is held back; without it they are not sent.
+    """
+    body = _ours(request.body, model, priority)
+    if limit is not None:
+        name = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
+        body[name] = limit
+        if (body.get("min_tokens") or 0) > limit:
+            body["min_tokens"] = limit
+    _streamed(body, request, ids)
+    _stops(body, request, whole_stops)
+    return Call(request.route.value, orjson.dumps(body), True)
+
+
+def by_ids(
+    request: Request,
+    model: str,
+    priority: int | None,
+    limit: int,
+    prompt: Sequence[int | str],
+    attained: int,
+    *,
+    stream: bool,
+) -> Call:
+    """Go on after ``prompt`` (the prompt's and the answer's token ids, of which ``attained`` are the answer's)."""
+    body = _carried(request.body, model, priority)
+    body["prompt"] = prompt
+    _limits(body, request.body, limit, attained)
+    if stream:
+        _streamed(body, request, True)
+    elif request.wants_ids:
+        body["return_token_ids"] = True
+    _stops(body, request, True)
+    return Call(Route.COMPLETIONS.value, orjson.dumps(body), stream)
+
+
+def by_text(request: Request, model: str, priority: int | None, limit: int | None, text: str, attained: int) -> Call:
+    """Go on after the answer's text so far, where the server gives no ids: the text is tokenised again."""
+    body = _ours(request.body, model, priority)
+    if request.chat:
+        body["messages"] = [*body["messages"], {"role": "assistant", "content": text}]
+        body["continue_final_message"] = True
+        body["add_generation_prompt"] = False
+    else:
+        prompt = body["prompt"]
+        body["prompt"] = (prompt[0] if isinstance(prompt, list) else prompt) + text
+    if limit is not None:
+        body.pop("max_completion_tokens", None)
+        _limits(body, request.body, limit, attained)
+    _streamed(body, request, False)
+    _stops(body, request, False)
+    return Call(request.route.value, orjson.dumps(body), True)
+
+
+def _ours(body: Mapping[str, Any], model: str, priority: int | None) -> dict[str, Any]:
+    body = dict(body)
+    body["model"] = model
+    body.pop("priority", None)  # clients do not order the engine's queue
+    if priority is not None:
+        body["priority"] = priority
+    return body
+
+
+def _carried(body: Mapping[str, Any], model: str, priority: int | None) -> dict[str, Any]:
+    carried = {name: value for name, value in body.items() if name in CARRIED and value is not None}
+    return _ours(carried, model, priority)
+
+
+def _limits(body: dict[str, Any], asked: Mapping[str, Any], limit: int, attained: int) -> None:
+    """``min_tokens`` counts the whole answer and must not exceed the call's own limit."""
+    body["max_tokens"] = limit
+    minimum = min((asked.get("min_tokens") or 0) - attained, limit)
+    if minimum > 0:
+        body["min_tokens"] = minimum
+    else:
+        body.pop("min_tokens", None)
+
+
+def _streamed(body: dict[str, Any], request: Request, ids: bool) -> None:
+    """Ask for usage where the client would see it (its last chunk differs with it), or where it is all we count by."""
+    body["stream"] = True
+    options = dict(body.get("stream_options") or {}) if request.stream else {}
+    if request.include_usage or not request.stream or not ids:
+        options["include_usage"] = True
+    if not ids or request.continuous_usage:
+        options["continuous_usage_stats"] = True
+    if options:
+        body["stream_options"] = options
+    else:
+        body.pop("stream_options", None)
+    if ids:
+        body["return_token_ids"] = True
+
+
+def _stops(body: dict[str, Any], request: Request, whole: bool) -> None:
+    if not request.stop:
+        return
+    if whole:
+        body["include_stop_str_in_output"] = True
+    else:
+        body.pop("stop", None)

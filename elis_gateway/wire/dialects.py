@@ -1,0 +1,189 @@
+"""How each kind of engine is asked to go on, and how its deltas tell tokens from text.
+
+Knows: per engine, the calls to make and where a delta's tokens stand. Never: what is kept of an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any, Protocol
+
+from elis_gateway.wire import calls
+from elis_gateway.wire.calls import Call
+from elis_gateway.wire.openai import Request, Route
+
+__all__ = ["ById", "ByText", "Delta", "Dialect", "Lore", "Mode"]
+
+_REPLACEMENT = "�"
+"""An engine that flushes an incomplete character shows it as U+FFFD."""
+
+Delta = tuple[Sequence[int | str], int]
+"""A delta's tokens as a continuation's prompt needs them, and how many tokens of the engine they are."""
+
+
+class Mode(Enum):
+    """How an answer is continued after a seam."""
+
+    IDS = "ids"
+    """By token ids: exact."""
+    TEXT = "text"
+    """By text, tokenised again: as good as the tokeniser's round trip."""
+    WHOLE = "whole"
+    """Not at all: one call, relayed as it comes."""
+
+
+class Lore:
+    """What answers of one model teach the later ones. Shared by reference; grows to at most the vocabulary."""
+
+    __slots__ = ("closed", "documents")
+
+    def __init__(self) -> None:
+        self.closed: set[int] = set()
+        """Token ids that are whole characters by themselves: text is complete after them."""
+        self.documents: dict[Route, dict[str, Any]] = {}
+        """The shape of a whole (not streamed) response, by route."""
+
+
+class Dialect(Protocol):
+    """One answer's conversation with one kind of engine."""
+
+    @property
+    def mode(self) -> Mode:
+        """What it continues by."""
+
+    @property
+    def plain(self) -> bool:
+        """Deltas carry ``token_ids``, and one token with text is a boundary without a closer look."""
+
+    @property
+    def known_prompt(self) -> bool:
+        """The prompt is known as the engine sees it: the next call may be a continuation even of an empty answer."""
+
+    @property
+    def prompt_ids(self) -> Sequence[int]:
+        """The prompt's ids where they are known, for clients that want them."""
+
+    def first(self, model: str, priority: int | None, limit: int | None) -> Call:
+        """The client's request; ``limit`` only where it is to be shortened."""
+
+    def more(
+        self, model: str, priority: int | None, limit: int | None, tokens: list[int | str], text: str, count: int,
+        *, stream: bool,
+    ) -> Call:  # fmt: skip
+        """Go on after the answer so far."""
+
+    def open(self, chunk: dict[str, Any], choice: dict[str, Any]) -> int | None:
+        """The first event of the first call; returns the prompt's length in tokens where it tells."""
+
+    def read(self, chunk: dict[str, Any], choice: dict[str, Any], text: str) -> Delta | None:
+        """A delta's tokens. None: an answer of such deltas cannot be continued."""
+
+    def boundary(self, text: str, tokens: Sequence[int | str], fresh: bool) -> bool:
+        """May a call go on after this delta? ``fresh``: the delta before it ended at a boundary."""
+
+    def closes(self, text: str) -> bool:
+        """Does a delta beginning with this text prove that the text before it was complete?"""
+
+
+class ById:
+    """vLLM: ``return_token_ids``, and completions that take ids as a prompt."""
+
+    mode = Mode.IDS
+    plain = True
+
+    __slots__ = ("_closed", "_request", "prompt_ids")
+
+    def __init__(self, request: Request, lore: Lore) -> None:
+        self._request = request
+        self._closed = lore.closed
+        self.prompt_ids: list[int] = []
+
+    @property
+    def known_prompt(self) -> bool:
+        return bool(self.prompt_ids)
+
+    def first(self, model: str, priority: int | None, limit: int | None) -> Call:
+        return calls.first(self._request, model, priority, limit, ids=True, whole_stops=True)
+
+    def more(
+        self, model: str, priority: int | None, limit: int | None, tokens: list[int | str], text: str, count: int,
+        *, stream: bool,
+    ) -> Call:  # fmt: skip
+        prompt = [*self.prompt_ids, *tokens]
+        return calls.by_ids(self._request, model, priority, limit or calls.BLIND_LIMIT, prompt, count, stream=stream)
+
+    def open(self, chunk: dict[str, Any], choice: dict[str, Any]) -> int | None:
+        # Chat: beside the choices of the role chunk. Completions: in the choice of the first delta.
+        self.prompt_ids = chunk.get("prompt_token_ids") or choice.get("prompt_token_ids") or []
+        return len(self.prompt_ids) or None
+
+    def read(self, chunk: dict[str, Any], choice: dict[str, Any], text: str) -> Delta | None:
+        ids = choice.get("token_ids") or ()
+        if not self.prompt_ids or (text and not ids):
+            return None
+        return ids, len(ids)
+
+    def boundary(self, text: str, tokens: Sequence[int | str], fresh: bool) -> bool:
+        if not text or not tokens or text[-1] == _REPLACEMENT:
+            return False
+        last = tokens[-1]
+        if len(tokens) > 1:
+            return last in self._closed
+        if fresh and isinstance(last, int):
+            self._closed.add(last)
+        return True
+
+    def closes(self, text: str) -> bool:
+        return text[0] < "\x80"
+
+
+class ByText:
+    """Any OpenAI-like server that can continue a text: completions, or chat with ``continue_final_message``."""
+
+    mode = Mode.TEXT
+    plain = False
+    prompt_ids: Sequence[int] = ()
+
+    known_prompt = False
+
+    __slots__ = ("_counted", "_request")
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._counted = 0
+
+    def first(self, model: str, priority: int | None, limit: int | None) -> Call:
+        self._counted = 0
+        return calls.first(self._request, model, priority, limit, ids=False, whole_stops=False)
+
+    def more(
+        self, model: str, priority: int | None, limit: int | None, tokens: list[int | str], text: str, count: int,
+        *, stream: bool,
+    ) -> Call:  # fmt: skip
+        self._counted = 0
+        return calls.by_text(self._request, model, priority, limit, text, count)
+
+    def open(self, chunk: dict[str, Any], choice: dict[str, Any]) -> int | None:
+        usage = chunk.get("usage") or {}
+        prompt_tokens = usage.get("prompt_tokens")
+        return prompt_tokens if type(prompt_tokens) is int else None
+
+    def read(self, chunk: dict[str, Any], choice: dict[str, Any], text: str) -> Delta | None:
+        """Tokens by running usage where the engine gives it, else one for every text."""
+        usage = chunk.get("usage")
+        if not self._request.continuous_usage:
+            chunk.pop("usage", None)
+        if usage:
+            new = max(int(usage.get("completion_tokens") or 0) - self._counted, 0)
+            self._counted += new
+        else:
+            new = 1 if text else 0
+        return (), new
+
+    def boundary(self, text: str, tokens: Sequence[int | str], fresh: bool) -> bool:
+        # Chat templates trim what they are given to continue, so a kept text must not end in white space.
+        return bool(text) and text[-1] != _REPLACEMENT and not text[-1].isspace()
+
+    def closes(self, text: str) -> bool:
+        return False

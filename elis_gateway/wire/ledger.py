@@ -1,0 +1,93 @@
+"""What of an answer is kept, what is still pending, and what its client may see.
+
+Knows: boundaries, pending tokens, text held back for stop strings. Never: JSON, calls, why a call ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from elis_gateway.wire.stops import Pushed, Stops
+
+__all__ = ["Ledger"]
+
+
+class Ledger:
+    """The answer up to the last boundary, and the deltas since, which a cut takes back.
+
+    ``tokens`` holds what a continuation's prompt needs: token ids, or text where an engine gives no id.
+    """
+
+    __slots__ = ("_held", "_new_count", "_new_text", "_new_tokens", "_tail", "count", "pieces", "stops", "tokens")
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self.tokens: list[int | str] = []
+        self.pieces: list[str] = []
+        self.count = 0
+        """Kept tokens; more than ``tokens`` where text stands for several."""
+        self.stops = Stops(stops) if stops else None
+        self._tail = ""
+        self._new_tokens: list[int | str] = []
+        self._new_text: list[str] = []
+        self._new_count = 0
+        self._held: list[bytes] = []
+
+    @property
+    def text(self) -> str:
+        """The kept text."""
+        if len(self.pieces) > 1:
+            self.pieces[:] = ["".join(self.pieces)]
+        return self.pieces[0] if self.pieces else ""
+
+    @property
+    def pending(self) -> int:
+        """Tokens since the last boundary."""
+        return self._new_count
+
+    def search(self, text: str) -> Pushed:
+        """What of this text may be shown, and the stop string it completes. Call once per delta, then ``add``."""
+        return Pushed(text, None, False) if self.stops is None else self.stops.push(text)
+
+    def add(self, text: str, tokens: Sequence[int | str], count: int, event: bytes) -> None:
+        """A delta and the client event made of it (empty: nothing to show)."""
+        self._new_tokens.extend(tokens)
+        self._new_text.append(text)
+        self._new_count += count
+        if event:
+            self._held.append(event)
+
+    def commit(self, out: list[bytes]) -> None:
+        """The last delta ended at a boundary: keep everything, and release the events."""
+        self.tokens += self._new_tokens
+        self.pieces += self._new_text
+        self.count += self._new_count
+        out += self._held
+        self._clear()
+        if self.stops is not None:
+            self._tail = self.stops.tail
+
+    def drop(self) -> int:
+        """Take back everything since the last boundary; returns how many tokens that were."""
+        dropped = self._new_count
+        self._clear()
+        if self.stops is not None:
+            self.stops.tail = self._tail
+        return dropped
+
+    def shorten(self, surplus: int) -> None:
+        """Cut so many characters off the kept text: a stop string, and what came after it in the same delta."""
+        if surplus:
+            self.pieces[:] = [self.text[:-surplus]]
+
+    def reset(self) -> None:
+        """Forget the answer: it is asked for again."""
+        self.drop()
+        self.tokens, self.pieces, self.count, self._tail = [], [], 0, ""
+        if self.stops is not None:
+            self.stops.tail = ""
+
+    def _clear(self) -> None:
+        self._new_tokens = []
+        self._new_text = []
+        self._new_count = 0
+        self._held = []

@@ -1,0 +1,81 @@
+"""Answers that come from one call: relayed as the engine sends them, read only to count.
+
+Knows: where an event says how many tokens there are, and that it is the last. Never: continuation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from elis_gateway.errors import UpstreamRefused, UpstreamUnavailable
+from elis_gateway.wire.encode import Encoder
+from elis_gateway.wire.openai import Request
+from elis_gateway.wire.sse import DONE, encode
+
+__all__ = ["WholeStream", "reported"]
+
+
+class WholeStream:
+    """One streamed call, passed through."""
+
+    __slots__ = ("_encoder", "_single", "complete", "count", "error", "finish_reason", "prompt_tokens", "text")
+
+    def __init__(self, request: Request, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._single = request.unsliceable not in ("n", "best_of", "use_beam_search", "list of prompts")
+        self.text: list[str] = []
+        """Of the first choice."""
+        self.count = 0
+        """Tokens by usage where the engine tells, else deltas with text."""
+        self.prompt_tokens: int | None = None
+        self.finish_reason: str | None = None
+        self.complete = False
+        """The stream said that it is at its end."""
+        self.error: UpstreamRefused | None = None
+
+    def relay(self, payloads: list[bytes]) -> bytes:
+        """Events for the client: everything up to an error or [DONE], which are the caller's to send."""
+        out: list[bytes] = []
+        for payload in payloads:
+            if payload == DONE:
+                self.complete = True
+                continue
+            try:
+                chunk = orjson.loads(payload)
+                self._note(chunk)
+            except (orjson.JSONDecodeError, AttributeError, TypeError) as error:
+                raise UpstreamUnavailable(f"the upstream sent an unreadable event: {error}", cause="garbage") from error
+            if self.error is not None:
+                break
+            renamed = self._encoder.name is not None and "model" in chunk
+            out.append(encode(self._encoder.rename(chunk) if renamed else payload))
+        return b"".join(out)
+
+    def _note(self, chunk: dict[str, Any]) -> None:
+        if "error" in chunk:
+            self.error = reported(chunk)
+            return
+        for choice in chunk.get("choices") or ():
+            if choice.get("index"):
+                continue
+            text = choice.get("text") or (choice.get("delta") or {}).get("content")
+            if text:
+                self.text.append(text)
+                self.count += 1
+            if choice.get("finish_reason"):
+                self.finish_reason = choice["finish_reason"]
+                self.complete = self.complete or self._single
+        usage = chunk.get("usage")
+        if usage:
+            self.prompt_tokens = usage.get("prompt_tokens")
+            self.count = usage.get("completion_tokens") or self.count
+
+
+def reported(chunk: dict[str, Any]) -> UpstreamRefused:
+    """An error the engine sent as an event, with the status it would have had."""
+    error = chunk.get("error")
+    code = error.get("code") if isinstance(error, dict) else None
+    status = code if type(code) is int and 400 <= code < 600 else 500
+    return UpstreamRefused(status, orjson.dumps({"error": error}))
