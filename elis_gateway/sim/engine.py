@@ -225,7 +225,7 @@ class Engine:
         return self._made(call)
 
     def next_event(self) -> float | None:
-        """When ``advance`` will next have something to say; None: never, without further input."""
+        """When to ``advance`` next; None: never, without further input. An eviction is such a time, too."""
         if self._events:
             return self._events[0].at
         return self._next_time()
@@ -233,9 +233,7 @@ class Engine:
     def advance(self, now: float) -> list[Event]:
         """Events up to ``now``, in order of time."""
         self._run_to(now)
-        events = self._events
-        if events:
-            self._events = []
+        events, self._events = self._events, []
         return events
 
     # What follows keeps one invariant: between inputs no event lies before ``_at``, and ``_service`` is as of ``_at``.

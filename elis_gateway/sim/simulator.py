@@ -17,7 +17,7 @@ from math import inf
 from typing import NamedTuple
 
 from elis_gateway.core.actions import Abort, Action, AskEstimate, Finish, Preempt, Run
-from elis_gateway.core.job import Job, JobSpec, Outcome
+from elis_gateway.core.job import Job, JobSpec, JobState, Outcome
 from elis_gateway.core.placement import UpstreamInfo
 from elis_gateway.core.scheduler import Scheduler
 from elis_gateway.core.slice import Slice, SliceEnd, SliceResult
@@ -65,7 +65,7 @@ class Record:
         "preemptions", "prompt_tokens", "slices", "tokens", "upstream", "wait",
     )  # fmt: skip
 
-    def __init__(self, job: Job, asked: SimJob, predictions: list[tuple[int, float]] | None) -> None:
+    def __init__(self, job: Job, asked: SimJob, tokens: int, predictions: list[tuple[int, float]] | None) -> None:
         self.id = asked.id
         self.app = asked.app
         self.arrival = asked.arrival
@@ -77,7 +77,8 @@ class Record:
         self.preemptions = job.preemptions
         self.prompt_tokens = asked.prompt_tokens
         self.output_tokens = asked.output_tokens
-        self.tokens = job.attained
+        self.tokens = tokens
+        """Answer tokens made, those of an answer that nobody waited for included."""
         self.outcome = job.outcome
         self.cause = job.cause
         self.upstream = job.home
@@ -179,6 +180,8 @@ class _Simulation:
         self._asked: dict[str, SimJob] = {}
         self._flights: dict[int, _Flight] = {}
         self._records: dict[str, Record] = {}
+        self._last_seen: dict[str, int] = {}
+        """Tokens of jobs whose call was closed because they are over, until their Finish comes."""
         self._history: dict[str, list[tuple[int, float]]] | None = {} if predictions else None
         self._timers: list[tuple[float, int, Callable[..., list[Action]], tuple[object, ...]]] = []
         self._timer_seq = 0
@@ -341,7 +344,7 @@ class _Simulation:
             elif type(action) is AskEstimate:
                 todo += self._estimate(action.job, now)
             elif type(action) is Finish:
-                self._finish(action.job)
+                self._finish(action.job, now)
             elif isinstance(action, Preempt | Abort):
                 flight = self._flights[action.slice_id]
                 if self._delay:
@@ -380,15 +383,22 @@ class _Simulation:
         if slice_id not in self._flights or (flight.sent and not flight.engine.holds(slice_id)):
             return []  # it has ended; the news is told already, or on its way
         made = flight.engine.abort(slice_id, now) if flight.sent else 0
+        if flight.slice.job.state is JobState.DONE and flight.asked.id in self._asked:
+            self._last_seen[flight.asked.id] = flight.base + made
         return self._end(flight, SliceEnd.PREEMPTED, flight.base + made, now)
 
-    def _finish(self, job: Job) -> None:
-        asked = self._asked.pop(job.spec.id)
-        history = None if self._history is None else self._history.pop(asked.id, [])
-        self._records[asked.id] = Record(job, asked, history)
+    def _finish(self, job: Job, now: float) -> None:
+        job_id = job.spec.id
+        asked = self._asked.pop(job_id)
+        tokens = self._last_seen.pop(job_id, job.attained)
+        flight = None if job.slice is None else self._flights.get(job.slice)
+        if flight is not None and flight.sent:
+            tokens = flight.base + flight.engine.tokens(flight.slice.id, now)
+        history = None if self._history is None else self._history.pop(job_id, [])
+        self._records[job_id] = Record(job, asked, tokens, history)
         if self._predictor is not None:
             complete = job.outcome is Outcome.COMPLETED and (asked.limit is None or asked.output_tokens < asked.limit)
-            self._predictor.learn(self._view(job, asked), complete=complete)
+            self._predictor.learn(self._view(job, asked)._replace(attained=tokens), complete=complete)
 
     # ---- estimates --------------------------------------------------------------------------------------------
 
