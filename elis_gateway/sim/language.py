@@ -92,11 +92,13 @@ GREEDY = Sampling()
 class _Follow:
     """Which tokens may follow an unfinished character (or nothing unfinished), and where each leads."""
 
-    __slots__ = ("nexts", "tokens")
+    __slots__ = ("closing", "nexts", "tokens")
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.nexts: list[_Follow] = []
+        self.closing: list[int] = []
+        """Positions of the tokens after which nothing is unfinished."""
 
 
 def _follows() -> dict[bytes, _Follow]:
@@ -132,6 +134,8 @@ def _follows() -> dict[bytes, _Follow]:
             if cut == len(raw) - 1:
                 may(state, raw[-1:] + follower[:2])
                 may(state, raw[-1:] + b" the")
+    for follow in states.values():
+        follow.closing = [place for place, after in enumerate(follow.nexts) if after is states[b""]]
     return states
 
 
@@ -167,7 +171,9 @@ class Walker:
         self._seen = set(ids) if sampling.repetition_penalty != 1.0 else set()
 
     def ends(self) -> bool:
-        """Whether the next token is the end of the sequence."""
+        """Whether the next token is the end of the sequence: never inside a character."""
+        if self._follow is not _FREE:
+            return False
         if self.left is not None:
             return self.left <= 1
         return _mix(self._hash ^ _STEP) < self._hazard
@@ -178,8 +184,12 @@ class Walker:
             token = END
         else:
             follow = self._follow
-            count = len(follow.tokens)
-            choice = self._choose(follow) if not self.sampling.plain else _mix(self._hash) % count
+            plain = self.sampling.plain
+            if self.left is not None and self.left <= 2:
+                closing = follow.closing
+                choice = closing[_mix(self._hash) % len(closing) if plain else self._choose(follow, closing)]
+            else:
+                choice = _mix(self._hash) % len(follow.tokens) if plain else self._choose(follow, None)
             token = follow.tokens[choice]
             self._follow = follow.nexts[choice]
         self.push(token)
@@ -192,15 +202,18 @@ class Walker:
         if self.left is not None:
             self.left -= 1
 
-    def _choose(self, follow: _Follow) -> int:
-        """Four candidates by the hash, each less likely than the one before; noise and penalties reorder them."""
+    def _choose(self, follow: _Follow, places: Sequence[int] | None) -> int:
+        """Four candidates by the hash, each less likely than the one before; noise and penalties reorder them.
+
+        Returns a position in ``places`` where those are given, else in ``follow.tokens``.
+        """
         sampling = self.sampling
-        count = len(follow.tokens)
+        count = len(follow.tokens if places is None else places)
         noise = _mix((sampling.seed * _STEP + self.made * _MULTIPLY) & _MASK) if sampling.temperature else 0
-        best, best_score = 0, float("-inf")
+        best, best_score, said = 0, float("-inf"), 0
         for rank in range(4):
             choice = _mix((self._hash + rank * _STEP) & _MASK) % count
-            token = follow.tokens[choice]
+            token = follow.tokens[choice if places is None else places[choice]]
             score = -0.7 * rank
             if noise:
                 draw = (_mix((noise + rank * _STEP) & _MASK) + 1) / (_MASK + 2)
@@ -211,11 +224,10 @@ class Walker:
             if token in self._seen:
                 score -= log(sampling.repetition_penalty)
             if score > best_score:
-                best, best_score = choice, score
-        token = follow.tokens[best]
-        self._counts[token] = self._counts.get(token, 0) + 1
+                best, best_score, said = choice, score, token
+        self._counts[said] = self._counts.get(said, 0) + 1
         if sampling.repetition_penalty != 1.0:
-            self._seen.add(token)
+            self._seen.add(said)
         return best
 
 

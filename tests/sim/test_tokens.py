@@ -258,6 +258,16 @@ def test_end_and_stop_tokens_are_ids_without_text() -> None:
     assert stopped.text == decode(ANSWER[:first]).rstrip("�")
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=8), st.integers(1, 30), st.integers(0, 40))
+def test_no_answer_ends_inside_a_character(prompt: str, length: int, minimum: int) -> None:
+    ids = LANGUAGE.prompt(prompt, length=length)
+    script = call(ids, 100, minimum=minimum)
+    assert script.finish == "stop"
+    assert not tail(script.ids)
+    assert "�" not in decode(script.ids)
+
+
 def test_min_tokens_and_ignore_eos() -> None:
     short = LANGUAGE.prompt("short", length=5)
     assert len(call(short, 50, minimum=20).ids) == 21
