@@ -140,7 +140,8 @@ class Sim:
 
     def _start(self, call: Call, script: Script, cached: int, fault: Fault | None) -> Ticket:
         pacer = self.pacer
-        if self.config.max_queued is not None and pacer.waiting >= self.config.max_queued:
+        room = self.config.max_queued
+        if room is not None and pacer.running >= self._model.slots and pacer.waiting >= room:
             raise Refusal(503, "The server is overloaded. Please try again later.", "ServiceUnavailableError")
         every = self.config.stream_interval if call.stream else 1 if fault is not None else None
         try:
