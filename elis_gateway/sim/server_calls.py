@@ -18,7 +18,7 @@ from elis_gateway.sim.script import Stops
 from elis_gateway.sim.server_config import ServerConfig
 from elis_gateway.sim.voice import Message, Voice
 
-__all__ = ["CHAT", "COMPLETIONS", "Call", "Refusal", "bad_request", "body_of", "messages_of", "parse"]
+__all__ = ["CHAT", "COMPLETIONS", "Call", "Refusal", "Unauthorized", "bad_request", "body_of", "messages_of", "parse"]
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -47,6 +47,16 @@ class Refusal(Exception):
     def body(self) -> bytes:
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}
         return orjson.dumps({"error": error})
+
+
+class Unauthorized(Refusal):
+    """401, whose body vLLM's middleware writes in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__(401, "Unauthorized", "")
+
+    def body(self) -> bytes:
+        return b'{"error":"Unauthorized"}'
 
 
 def bad_request(message: str, param: str | None = None, value: object = None) -> Refusal:

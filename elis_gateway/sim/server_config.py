@@ -45,7 +45,7 @@ class ServerConfig:
     temperature: float = 0.0
     """For requests that do not say."""
     max_queued: int | None = None
-    """More waiting calls than this are answered 503 (vLLM's ``--max-num-queued-reqs``)."""
+    """Calls, waiting and running, beyond which the next is answered 503 (vLLM's ``--max-num-queued-reqs``)."""
     api_key: str | None = None
     log_size: int = 100_000
     """Calls kept for ``GET /sim/requests``."""

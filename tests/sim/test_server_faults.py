@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
@@ -12,7 +14,7 @@ from aiohttp import ClientConnectionError, ClientPayloadError, ClientSession
 
 from elis_gateway.sim.engine import EngineModel
 from elis_gateway.sim.faults import Fault
-from elis_gateway.sim.server import ServerConfig, SimServer
+from elis_gateway.sim.server import ServerConfig, SimServer, serve
 from elis_gateway.tasks import spawn
 
 PATH = "/v1/completions"
@@ -236,11 +238,12 @@ async def test_the_queue_is_ordered_by_priority(paced: SimServer, session: Clien
 
 async def test_a_full_queue_is_refused(session: ClientSession) -> None:
     model = EngineModel(slots=1, decode=((1, 500.0),))
-    async with SimServer(ServerConfig(port=0, engine=model, max_queued=0)) as server:
+    async with SimServer(ServerConfig(port=0, engine=model, max_queued=1)) as server:
         first = spawn_call(received(session, server, LONG))
         await until(lambda: server.sim.pacer.running == 1)
         async with session.post(server.url + PATH, json=STREAM) as response:
             assert response.status == 503
+            assert (await response.json())["error"]["type"] == "Service Unavailable"
         first.cancel()
         await until(lambda: server.sim.pacer.running == 0)
         assert tokens((await received(session, server, STREAM))[0]) == 12
@@ -277,3 +280,13 @@ async def test_stop_lets_nothing_behind(session: ClientSession) -> None:
     with pytest.raises(ClientConnectionError):
         await session.get(server.url + "/health")
     await server.stop()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_serve_until_a_signal(session: ClientSession, number: int) -> None:
+    urls: asyncio.Queue[str] = asyncio.Queue()
+    serving = spawn(serve(ServerConfig(port=0, delay=False), ready=urls.put_nowait), name="serve")
+    async with session.get(await urls.get() + "/health") as response:
+        assert response.status == 200
+    os.kill(os.getpid(), number)
+    await serving
