@@ -243,11 +243,15 @@ class Dispatcher:
         flight = _flight(job)
         flight.job = job
         self.flights.pop(job.id, None)
-        if job.outcome is Outcome.COMPLETED:
-            self._service += 0.05 * ((job.finished or 0.0) - (job.first_run or job.arrival) - self._service)
-            self._deliver(flight)
-        else:
-            flight.channel.close(self._error(flight, job))
+        try:
+            if job.outcome is Outcome.COMPLETED:
+                self._service += 0.05 * ((job.finished or 0.0) - (job.first_run or job.arrival) - self._service)
+                self._deliver(flight)
+            else:
+                flight.channel.close(self._error(flight, job))
+        finally:
+            # Whatever went wrong above is a bug and is raised; the client must not wait for ever because of it.
+            flight.channel.close(GatewayError("internal error"))
         if job.first_run is not None and self.predictor is not None:
             complete = job.outcome is Outcome.COMPLETED and flight.answer.finish_reason != "length"
             self.predictor.learn(self._view(flight, job, self.predictor), complete=complete)
@@ -359,30 +363,36 @@ class Dispatcher:
     async def _serve(self, call: _Call) -> None:
         """Make the slice's upstream call and report its one end."""
         call.begun = True
+        error: UpstreamError | None = None
+        try:
+            if not call.stop:
+                await self._make(call)
+        except asyncio.CancelledError:
+            if not _was_told(call):
+                raise
+        except UpstreamError as failure:
+            error = failure
+        except Exception:
+            # A bug of ours, raised and logged; but no slot is lost for it and no client waits for ever.
+            self._over(call, "broken", UpstreamUnavailable("internal error", cause="bug"))
+            raise
+        self._over(call, "aborted" if error is None else "broken", error)
+
+    async def _make(self, call: _Call) -> None:
         slice_, answer = call.slice, call.flight.answer
         upstream = self._upstreams[slice_.upstream]
+        job_id, model = slice_.job.spec.id, slice_.job.spec.model
         priority = slice_.priority if upstream.capabilities.orders else None
-        request_id = f"{slice_.job.spec.id}-{slice_.id}"
-        error: UpstreamError | None = None
-        if not call.stop:
-            call.asked = True
-            order = answer.call(slice_.limit, model=slice_.job.spec.model, priority=priority, window=slice_.window)
-            try:
-                async with upstream.open(order, request_id=request_id) as session:
-                    if order.stream:
-                        await self._stream(call, session)
-                    else:
-                        answer.feed_whole(await session.whole())
-                    if not call.stop:
-                        # The engine is done: its slot is free before the connection has said goodbye.
-                        self._ended(call, "finished")
-            except asyncio.CancelledError:
-                if not _was_told(call):
-                    raise
-            except UpstreamError as failure:
-                error = failure
-        if slice_.id in self._calls:
-            self._ended(call, "aborted" if error is None else "broken", error)
+        call.asked = True
+        order = answer.call(slice_.limit, model=model, priority=priority, window=slice_.window)
+        async with upstream.open(order, request_id=f"{job_id}-{slice_.id}") as session:
+            if order.stream:
+                await self._stream(call, session)
+            else:
+                answer.feed_whole(await session.whole())
+            if not call.stop:
+                # The engine is done: its slot is free before the connection has said goodbye.
+                self._over(call, "finished")
 
     async def _stream(self, call: _Call, session: Session) -> None:
         answer = call.flight.answer
@@ -415,10 +425,11 @@ class Dispatcher:
         finally:
             call.feeding = False
 
-    def _ended(self, call: _Call, how: How, error: UpstreamError | None = None) -> None:
-        """Exactly once for every Run."""
+    def _over(self, call: _Call, how: How, error: UpstreamError | None = None) -> None:
+        """The call is over; told to the scheduler exactly once for every Run, later news is nothing."""
         slice_, flight, answer = call.slice, call.flight, call.flight.answer
-        del self._calls[slice_.id]
+        if self._calls.pop(slice_.id, None) is None:
+            return
         now = self._loop.time()
         end, cause = self._settle(call, how, error)
         leg = Leg(
