@@ -352,6 +352,12 @@ class HistoryPredictor(Section):
     kind: Literal["history"]
     path: Path | None = None
     """File that keeps what was learned across restarts. Default: memory only."""
+    strength: Annotated[float, Field(gt=0)] = 8.0
+    """Answers that what is known of all applications counts as, when one application's own are few."""
+    horizon: Annotated[float, Field(ge=1)] = 1000.0
+    """Newer answers of the same application after which one counts 1/e."""
+    max_apps: Annotated[int, Field(ge=1)] = 1000
+    """Applications remembered, the least recently used forgotten first (about 10 KB each)."""
 
 
 class ExternalPredictor(Section):

@@ -1,1 +1,1 @@
-"""The load test: the same work under several schedulers, measured so that the difference means something."""
+"""Load testing: the same frozen work under different settings, against a live server or in virtual time."""

@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 
 from elis_gateway import __version__, config
 from elis_gateway.cli import cli
+from loadtest.workload import Workload
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,12 +52,19 @@ def test_completion(shell: str) -> None:
 
 
 def test_a_missing_extra_is_answered_with_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "loadtest"]:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("loadtest", "rich")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "numpy", None)
-    result = run("loadtest", "--help")
+    monkeypatch.setitem(sys.modules, "rich", None)
+    result = run("loadtest", "demo")
     assert result.exit_code == 2
-    assert "pip install 'elis-gateway[loadtest]'" in result.output
+    assert "pip install 'elis-gateway[demo]'" in result.output
+
+
+def test_make_workload(tmp_path: Path) -> None:
+    path = tmp_path / "w.json"
+    result = run("loadtest", "make-workload", str(path), "--num-requests", "5", "--capacity", "100", "--seed", "3")
+    assert result.output.startswith(f"{path}: 5 requests")
+    assert Workload.load(path).hash in result.output
 
 
 @pytest.mark.parametrize("command", ["serve", "check-config", "sim-engine"])

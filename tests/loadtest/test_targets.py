@@ -1,0 +1,165 @@
+"""Sending by intended time, and the two targets: a live server and the model."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+
+import aiohttp
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from elis_gateway.predictor.baselines import NoisyOracle
+from elis_gateway.sim.engine import EngineModel
+from loadtest import runner
+from loadtest.records import Row
+from loadtest.settings import SETTINGS, setting
+from loadtest.stats import summarise
+from loadtest.targets import HttpTarget, simulated
+from loadtest.workload import Request, Seeds, Workload, azure
+
+
+def request(i: int, at: float = 0.0) -> Request:
+    return Request(f"r{i}", at, "hello", 3, "hi there", 2, app="greeting")
+
+
+class Stub:
+    """A server that answers with two deltas, or as it is told."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[dict[str, object], str | None]] = []
+        self.status = 200
+        self.end = b"data: [DONE]\n\n"
+
+    async def chat(self, incoming: web.Request) -> web.StreamResponse:
+        self.seen.append((await incoming.json(), incoming.headers.get("X-Elis-App")))
+        if self.status != 200:
+            return web.Response(status=self.status)
+        reply = web.StreamResponse()
+        await reply.prepare(incoming)
+        await reply.write(b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n')
+        await reply.write(b'data: {"choices":[{"delta":{"content":"hi"}}]}\n\ndata: {"choices":[{"delta":{"cont')
+        await reply.write(b'ent":" there"}}]}\n\ndata: {"choices":[],"usage":{"completion_tokens":2}}\n\n')
+        await reply.write(b": elis {}\n\n" + self.end)
+        return reply
+
+
+async def replay(stub: Stub, requests: list[Request]) -> tuple[list[Row], list[str], list[str]]:
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", stub.chat)
+    texts: list[str] = []
+    comments: list[str] = []
+    async with TestServer(app) as server, aiohttp.ClientSession() as session:
+        start = time.perf_counter()
+        target = HttpTarget(
+            str(server.make_url("/v1")),
+            "m",
+            session,
+            start=start,
+            body={"temperature": 0},
+            on_text=lambda _, text: texts.append(text),
+            on_comment=lambda _, text: comments.append(text),
+        )
+        done = await runner.run(Workload(tuple(requests)), target, start=start)
+    return done.rows, texts, comments
+
+
+async def test_a_streamed_answer_becomes_a_row() -> None:
+    stub = Stub()
+    (row,), texts, comments = await replay(stub, [request(0)])
+    assert not row.error
+    assert row.tokens == 2
+    assert row.first is not None
+    assert row.end is not None
+    assert 0 <= row.sent <= row.first <= row.end
+    assert texts == ["hi", " there"]
+    assert comments == ["elis {}"]
+    ((body, app),) = stub.seen
+    assert (body["model"], body["temperature"], body["stream"], app) == ("m", 0, True, "greeting")
+
+
+async def test_failures_are_rows_too() -> None:
+    stub = Stub()
+    stub.status = 503
+    (row,), _, _ = await replay(stub, [request(0)])
+    assert row.error == "status 503"
+    stub = Stub()
+    stub.end = b'data: {"error":{"code":"gone"}}\n\n'
+    (row,), _, _ = await replay(stub, [request(0)])
+    assert row.error == "gone"
+    stub.end = b""
+    (row,), _, _ = await replay(stub, [request(0)])
+    assert row.error == "cut off"
+
+
+class Silent:
+    """Never answers."""
+
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+
+    async def send(self, request: Request, row: Row) -> None:
+        self.sent.append(request.id)
+        await asyncio.Event().wait()
+
+
+async def test_a_stalled_server_does_not_slow_the_sending_and_shows_in_the_rows() -> None:
+    target = Silent()
+    ended: list[str] = []
+    work = Workload(tuple(request(i, i * 0.01) for i in range(5)))
+    done = await runner.run(
+        work, target, start=time.perf_counter(), patience=0.2, on_end=lambda asked, _: ended.append(asked.id)
+    )
+    assert target.sent == [f"r{i}" for i in range(5)]
+    assert [row.error for row in done.rows] == ["timeout"] * 5
+    assert sorted(ended) == target.sent
+    assert done.lag < 0.15
+
+
+ENGINE = replace(EngineModel.load("default"), slots=4)
+
+
+def work(seed: int) -> Workload:
+    return azure(150, load=0.95, capacity=ENGINE.capacity, seeds=Seeds.all(seed))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_does_the_same_work(name: str) -> None:
+    workload = work(0)
+    lengths = {r.id: r.tokens for r in workload.requests}
+    run = simulated(workload, setting(name), ENGINE, NoisyOracle(lengths, 0.0))
+    assert {row.id: row.tokens for row in run.rows} == lengths
+    assert not [row for row in run.rows if row.error]
+
+
+def test_the_published_method_calls_by_windows() -> None:
+    workload = work(0)
+    oracle = NoisyOracle({r.id: r.tokens for r in workload.requests}, 0.0)
+    run = simulated(workload, setting("isrtf-published"), ENGINE, oracle)
+    assert [row.slices for row in run.rows] == [-(-request.tokens // 50) for request in workload.requests]
+
+
+def test_the_gain_vanishes_when_the_estimates_are_dealt_out_at_random() -> None:
+    """Break something on purpose: what perfect knowledge gains must come from the knowledge."""
+
+    def mean(shuffled: bool, name: str) -> float:
+        total = 0.0
+        for seed in range(4):
+            workload = work(seed)
+            lengths = [r.tokens for r in workload.requests]
+            told = lengths[75:] + lengths[:75] if shuffled else lengths
+            oracle = NoisyOracle({r.id: t for r, t in zip(workload.requests, told, strict=True)}, 0.0)
+            total += summarise(simulated(workload, setting(name), ENGINE, oracle)).mean
+        return total
+
+    first_come = mean(False, "fcfs")
+    assert mean(False, "sjf") < 0.9 * first_come
+    assert mean(True, "sjf") > 0.93 * first_come
+
+
+def test_without_a_predictor_isrtf_is_first_come() -> None:
+    workload = work(1)
+    ours, theirs = (simulated(workload, setting(name), ENGINE, None) for name in ("isrtf", "fcfs"))
+    assert [row.end for row in ours.rows] == [row.end for row in theirs.rows]
