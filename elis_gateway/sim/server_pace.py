@@ -14,6 +14,11 @@ from elis_gateway.sim.engine import Engine, EngineModel, EventKind
 __all__ = ["BlockCache", "Pacer", "Ticket"]
 
 
+_TICK = 0.001
+"""Seconds between two looks at the engine, at least: a loop's clock is no finer (uvloop's counts milliseconds), and a
+timer that fires a moment early would be set again and again."""
+
+
 class Ticket:
     """One call in the engine. ``produced`` tokens are there; ``wait`` returns when there are more."""
 
@@ -128,7 +133,8 @@ class Pacer:
             ticket.news()
         due = self._engine.next_event()
         if due is not None:
-            self._timer = self._loop.call_at(due / self._speed, self._turn)
+            wait = due / self._speed - self._loop.time()
+            self._timer = self._loop.call_later(max(wait, _TICK), self._turn)
 
 
 class BlockCache:
