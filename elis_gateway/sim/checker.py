@@ -48,7 +48,7 @@ class Checker:
         """The answer to a request, unsliced. Raises ``server_calls.Refusal`` where it must be refused."""
         call = parse(path, orjson.dumps(body), self._config, self._voice)
         ids, finish, reason = self._run(call)
-        text = self._text(ids)
+        text = self._text(ids if not isinstance(reason, int) or call.stops.include else ids[:-1])
         found = self._stop(call, ids, text)
         if found is not None:
             ids, text, reason = found

@@ -118,7 +118,8 @@ def write(
         token = model.step(may_end=not stops.ignore_end and made > stops.minimum)
         ids.append(token)
         if token in ends or (token in stops.tokens and made > stops.minimum):
-            texts.append(held.flush())
+            last = detokenizer.feed(token) if stops.include else ""
+            texts.append(held.flush() + last)
             script.finish = "stop"
             script.stop_reason = None if token in ends else token
             return script

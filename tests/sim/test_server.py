@@ -143,7 +143,14 @@ async def test_usage_in_every_chunk(client: Client) -> None:
 
 
 @pytest.mark.parametrize(
-    "extra", [{}, {"max_tokens": 7}, {"stop": ["e", " t"]}, {"ignore_eos": True, "max_tokens": 90}]
+    "extra",
+    [
+        {},
+        {"max_tokens": 7},
+        {"stop": ["e", " t"]},
+        {"ignore_eos": True, "max_tokens": 90},
+        {"stop_token_ids": list(range(300, 400))},
+    ],
 )
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 async def test_stream_whole_and_checker_agree(client: Client, path: str, extra: dict[str, Any]) -> None:

@@ -274,3 +274,52 @@ def test_min_tokens_and_ignore_eos() -> None:
     ignored = call(short, 50, ignore_end=True)
     assert (len(ignored.ids), ignored.finish) == (50, "length")
     assert END not in ignored.ids
+
+
+# Recorded from vLLM 0.32.0 (SmolLM2-135M, float32): "The capital of France is" continued, one token per delta
+TOLD = [(7042, " Paris"), (30, "."), (198, "\n"), (198, "\n"), (504, "The"), (2988, " answer"), (314, " is")]
+TOLD += [(42, ":"), (216, " "), (34, "2"), (32, "0"), (33, "1"), (40, "8"), (29, "-")]
+RECORDED: list[tuple[dict[str, object], list[str], object]] = [
+    ({}, [text for _, text in TOLD], None),
+    (
+        {"strings": ("zzzzzzzzzz",)},
+        ["", "", "", "", " Pa", "ris.\n\nT", "he ", "a", "n", "s", "w", "e", "r", " is: 2018-"],
+        None,
+    ),
+    ({"strings": ("Paris.\n\nThe",)}, ["", "", "", "", " "], "Paris.\n\nThe"),
+    (
+        {"strings": ("capital", "cap")},
+        ["", " ", "P", "a", "ris", ".\n\nThe ", "ans", "w", "e", "r", " ", "i", "s", ": 2018-"],
+        None,
+    ),
+    (
+        {"strings": ("Paris",), "minimum": 5},
+        [" P", "a", "r", "i", "s.\n", "\nThe an", "swe", "r", " ", "i", "s", ":", " ", "2018-"],
+        None,
+    ),
+    ({"strings": ("is",), "include": True}, [" Paris"], "is"),
+    ({"tokens": frozenset({198})}, [" Paris", ".", ""], 198),
+    ({"tokens": frozenset({198}), "include": True}, [" Paris", ".", "\n"], 198),
+    ({"strings": (" ",), "minimum": 3}, [" Paris", ".", "\n", "\n", "The", ""], " "),
+]
+
+
+class Told:
+    """Says what the engine said."""
+
+    def __init__(self) -> None:
+        self._at = 0
+
+    def step(self, *, may_end: bool = True) -> int:
+        self._at += 1
+        return TOLD[self._at - 1][0]
+
+
+@pytest.mark.parametrize(("stops", "deltas", "reason"), RECORDED)
+def test_deltas_as_recorded_from_vllm(stops: dict[str, object], deltas: list[str], reason: object) -> None:
+    texts = {token: text.encode() for token, text in TOLD}
+    limits = Stops(14, **stops)  # type: ignore[arg-type]
+    script = write((), Told(), limits, decoder=lambda ids: Detokenizer(ids, texts.__getitem__))
+    assert script.texts == deltas
+    assert script.ids == [token for token, _ in TOLD[: len(deltas)]]
+    assert (script.finish, script.stop_reason) == ("length" if reason is None else "stop", reason)
