@@ -75,7 +75,8 @@ class Job:
 
     __slots__ = (
         "arrival", "attained", "cause", "due", "entry", "estimate", "estimate_at", "failures", "finished", "first_run",
-        "first_token", "home", "outcome", "preemptions", "ready_since", "slice", "slices", "spec", "state", "waited",
+        "first_token", "home", "outcome", "preemptions", "ready_since", "served", "slice", "slices", "spec", "state",
+        "waited",
     )  # fmt: skip
 
     def __init__(self, spec: JobSpec, arrival: float) -> None:
@@ -101,6 +102,8 @@ class Job:
         self.ready_since = arrival
         self.waited = 0.0
         """Seconds spent READY so far."""
+        self.served = 0.0
+        """Seconds its slices held a slot."""
         self.first_run: float | None = None
         self.first_token: float | None = None
         self.finished: float | None = None

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from elis_gateway.core.job import Job
 from elis_gateway.core.lengths import Lengths, solve_gamma
 from elis_gateway.core.ready import ReadyQueue
+from elis_gateway.core.shadow import Shadow
 from elis_gateway.core.slice import Slice
 
 __all__ = ["Pool", "Running", "Upstream", "UpstreamInfo"]
@@ -32,6 +33,7 @@ class Running:
 
     __slots__ = (
         "base",
+        "began",
         "ending",
         "job",
         "key",
@@ -52,6 +54,8 @@ class Running:
         """The job's policy key, recomputed as it runs; decides who yields."""
         self.version = 0
         self.sent = now
+        self.began = now
+        """When it took a slot, as far as that can be seen."""
         self.started = False
         self.base = self.job.attained
         self.mark_at = now
@@ -125,7 +129,7 @@ class Pool:
     """The upstreams that serve one model: their shared queue, their pace, and what answers have been like."""
 
     __slots__ = ("_arrived", "_gamma_in", "_last", "_rate", "down_since", "gamma", "lengths", "model", "queue",
-                 "seconds_per_token", "slots", "upstreams")  # fmt: skip
+                 "seconds_per_token", "shadow", "slots", "upstreams")  # fmt: skip
 
     def __init__(self, model: str, seconds_per_token: float, now: float) -> None:
         self.model = model
@@ -135,6 +139,7 @@ class Pool:
         self.slots = 0
         self.seconds_per_token = seconds_per_token
         self.gamma = 0.0
+        self.shadow = Shadow()
         self.lengths = Lengths()
         self.down_since: float | None = now
         self._last: float | None = None
@@ -148,7 +153,10 @@ class Pool:
 
     def refresh(self, now: float) -> None:
         """Count slots again after an upstream came, went or changed."""
+        slots = self.slots
         self.slots = sum(u.info.slots for u in self.upstreams)
+        if self.slots not in (slots, 0):
+            self.shadow.resize(self.slots, now)
         if self.slots == 0:
             self.down_since = now if self.down_since is None else self.down_since
         else:

@@ -50,6 +50,8 @@ class SchedulerConfig:
     """Fixed windows: hold the slot for a fresh estimate after every window, or only while somebody waits for it."""
     seam_cost: float | None = None
     """Tokens of work that ending one call and starting another costs; None: learned from continuations."""
+    tail: float | None = None
+    """Keep the 99th percentile of completion time within this ratio of what first-come would have given."""
     queue_limit: int | None = None
     """Jobs that may wait; further ones are rejected."""
     queue_ttl: float | None = None
@@ -95,6 +97,7 @@ class Scheduler:
             return self._take()
         self.jobs[spec.id] = job
         pool.arrived(now)
+        pool.shadow.arrived(job)
         if self.config.queue_ttl is not None:
             self._alarms.wait_until(now + self.config.queue_ttl, spec.id)
         if spec.deadline is not None:
@@ -151,6 +154,7 @@ class Scheduler:
         """A slice is over; its slot is free. Exactly once for every Run."""
         running = self._slices.pop(slice_id)
         job, upstream = running.job, running.upstream
+        job.served += now - running.began
         self._release(running)
         if job.state is _DONE:
             self.jobs.pop(job.spec.id, None)
@@ -312,13 +316,19 @@ class Scheduler:
             if upstream is not None:
                 self._start(job, upstream, now)
                 return
-        self._queue_of(job).push(job, self.policy.key(job, pool, now), self._next_id())
+        self._push(job, self._queue_of(job), pool, now)
         if pool.down_since is not None:
             self._alarms.capacity_until(now + self.config.unavailable_timeout, job.spec.id)
         if held is not None:
             self._fill(held, now)
         elif place:
             self._settle(job, pool, now)
+
+    def _push(self, job: Job, queue: ReadyQueue, pool: Pool, now: float) -> None:
+        tail = self.config.tail
+        if tail is not None:
+            job.due = pool.shadow.due(job, remaining_tokens(job, pool) * pool.seconds_per_token, tail)
+        queue.push(job, self.policy.key(job, pool, now), self._next_id())
 
     def _is_warm(self, job: Job) -> bool:
         home = self.upstreams.get(job.home)  # type: ignore[arg-type]
@@ -329,7 +339,7 @@ class Scheduler:
         pool = self.pools[job.spec.model]
         queue = self._queue_of(job)
         queue.discard(job)
-        queue.push(job, self.policy.key(job, pool, now), self._next_id())
+        self._push(job, queue, pool, now)
         self._settle(job, pool, now)
 
     def _free_upstream(self, job: Job, pool: Pool, now: float) -> Upstream | None:
@@ -449,6 +459,9 @@ class Scheduler:
             self.seam_tokens += 0.05 * (seam - self.seam_tokens)
         running.mark_at = now
         running.mark_tokens = job.attained + 1
+        if upstream.info.overcommit:
+            # It may have waited in the engine's queue: what came before the first token was a seam, not slot time.
+            running.began = now - self._margin(job)
         if job.state is _RUNNING and self._elastic and job.spec.sliceable and job.preemptions == 0:
             upstream.offer(running, running.key)
             self._settle_calls(upstream, now)
@@ -503,9 +516,17 @@ class Scheduler:
         job.outcome = outcome
         job.cause = cause
         job.finished = now
+        if outcome is not Outcome.REJECTED:
+            self._shadow(job)
         if not in_flight:
             self.jobs.pop(job.spec.id, None)
         self._actions.append(Finish(job))
+
+    def _shadow(self, job: Job) -> None:
+        """Tell first-come's shadow what the job turned out to need: its slot time without the seams our order cost."""
+        pool = self.pools[job.spec.model]
+        seams = max(job.slices - 1, 0) * self.seam_tokens * pool.seconds_per_token
+        pool.shadow.over(job, max(job.served - seams, 0.0))
 
     def _is_stranded(self, job: Job, now: float) -> bool:
         pool = self.pools[job.spec.model]
