@@ -1,0 +1,73 @@
+"""What examples/ shows works: the core as a library, and a policy from outside, in the simulator and live."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from elis_gateway.predictor.baselines import NoisyOracle
+from elis_gateway.sim.engine import EngineModel
+from loadtest.settings import setting
+from loadtest.stats import summarise
+from loadtest.targets import simulated
+from loadtest.workload import Seeds, azure
+from tests.gateway.world import COMPLETIONS, paced, read_until, until, world
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+LONGEST_FIRST = "policy_longest_first:LongestFirst"
+
+
+@pytest.fixture(autouse=True)
+def _on_the_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    yield
+    for name in ("library", "policy_longest_first"):
+        sys.modules.pop(name, None)
+
+
+def test_the_core_as_a_library() -> None:
+    from library import main  # type: ignore[import-not-found]
+
+    assert [line.split("s  ", 1)[1] for line in main()] == [
+        "run long on engine from token 0",
+        "preempt",
+        "run short on engine from token 0",
+        "short is completed after 0.5 s",
+        "run long on engine from token 50",
+        "long is completed after 9.0 s",
+    ]
+
+
+def test_an_outside_policy_in_the_simulator() -> None:
+    engine = EngineModel.load("default")
+    work = azure(500, load=0.95, capacity=engine.capacity, seeds=Seeds())
+    oracle = NoisyOracle({request.id: request.tokens for request in work.requests}, sigma=0.0)
+    ours, first_come = (
+        summarise(simulated(work, setting("fcfs", policy=policy), engine, oracle)).mean
+        for policy in (LONGEST_FIRST, "fcfs")
+    )
+    assert ours > 1.1 * first_come
+
+
+async def test_an_outside_policy_live() -> None:
+    """One slot, taken; of those that wait, the one that may be longest goes first."""
+    async with world(
+        paced(500.0, slots=1), slots=1, scheduler={"policy": LONGEST_FIRST}, predictor={"kind": "max_tokens"}
+    ) as w:
+
+        async def ask(tokens: int) -> None:
+            body = {"model": "sim", "prompt": f"{tokens} please", "max_tokens": tokens, "ignore_eos": True}
+            await w.ask(COMPLETIONS, body)
+
+        body = {"model": "sim", "prompt": "first", "max_tokens": 60, "ignore_eos": True, "stream": True}
+        async with w.post(COMPLETIONS, body) as first, asyncio.TaskGroup() as group:
+            await read_until(first, 1)
+            for number, tokens in enumerate((10, 30, 20)):
+                group.create_task(ask(tokens))
+                await until(lambda waiting=number + 1: w.gateway.core.waiting() == waiting)  # type: ignore[misc]
+        asked = [call.max_tokens for call in w.engine.log]
+        assert asked[1:] == [30, 20, 10]
