@@ -90,9 +90,12 @@ class Checker:
         return list(ids[:count]), text[: end if stops.include else end - len(stop)], stop
 
     def _text(self, ids: Sequence[int]) -> str:
+        """The text that these tokens make complete: up to the last one after which nothing is unfinished."""
         text = self._voice.decode(ids)
-        unfinished = text.endswith("\ufffd") and not self._config.flush_unfinished
-        return text[:-1] if unfinished else text
+        while text.endswith("\ufffd") and not self._config.flush_unfinished:
+            ids = ids[:-1]
+            text = self._voice.decode(ids)
+        return text
 
 
 def differences(expected: Answer, got: Answer) -> list[str]:

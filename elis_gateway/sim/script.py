@@ -108,7 +108,8 @@ def write(
 ) -> Script:
     """Run the model until the call ends.
 
-    ``flush_unfinished``: a call cut inside a character sends U+FFFD for it, as some engines do, instead of nothing.
+    ``flush_unfinished``: a call cut inside a character sends what it has, U+FFFD included, as some engines do, instead
+    of nothing.
     """
     script = Script()
     detokenizer = decoder(prompt)

@@ -11,7 +11,6 @@ gives other ids than the model produced. Both are true of real byte-level BPE vo
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
@@ -146,43 +145,54 @@ def incomplete(data: bytes) -> bytes:
 
 def tail(ids: Sequence[int], piece: Callable[[int], bytes] = piece) -> bytes:
     """``incomplete`` of these ids' bytes, without joining all of them."""
+    return incomplete(_last_bytes(ids, piece))
+
+
+def _last_bytes(ids: Sequence[int], piece: Callable[[int], bytes]) -> bytes:
+    """Enough of the last bytes to hold a whole character."""
     data = b""
     for token in reversed(ids):
         data = piece(token) + data
         if len(data) >= 4:
             break
-    return incomplete(data)
+    return data
 
 
 class Detokenizer:
-    """Text of a growing answer: holds an unfinished character back until its last byte arrives.
+    """Text of a growing answer, as vLLM's fast detokenizer gives it (the decode stream of ``tokenizers``, compared).
 
-    Primed with the prompt's ids as vLLM's is: where the prompt itself ends inside a character, the first text of the
-    call is the *whole prompt's* text with that character finished (measured on vLLM 0.32.0, whose decode stream has
-    emitted nothing yet), so continuing from inside a character repeats text. What is unfinished at the end is
-    dropped; ``rest`` gives it as U+FFFD for engines that flush.
+    While the text so far ends inside a character, everything since the last whole boundary is held back, whole
+    characters too: a token that ends one character and begins the next gives no text. So a token *with* text is always
+    a place where the text is complete. What is held back at the end of a call is lost; ``rest`` gives it, with U+FFFD,
+    for engines that flush.
+
+    Where the prompt itself ends inside a character, the stream has emitted nothing yet, and the first text of the call
+    is the *whole prompt's* with that character finished: continuing from inside a character repeats text.
     """
 
-    __slots__ = ("_decoder", "_piece", "_primed")
+    __slots__ = ("_held", "_piece")
 
     def __init__(self, prompt: Sequence[int] = (), piece: Callable[[int], bytes] = piece) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._piece = piece
-        self._primed = ""
-        if tail(prompt, piece):
-            self._primed = self._decoder.decode(b"".join(map(piece, prompt)))
+        self._held = b""
+        if _last_bytes(prompt, piece).decode("utf-8", "replace").endswith("\ufffd"):
+            self._held = b"".join(map(piece, prompt))
 
     def feed(self, token: int) -> str:
         """The text that this token makes complete; may be empty."""
         data = self._piece(token)
         if not data:
             return ""
-        text = self._decoder.decode(data)
-        if text and self._primed:
-            text = self._primed + text
-            self._primed = ""
+        if self._held:
+            data = self._held + data
+        text = data.decode("utf-8", "replace")
+        if text[-1] == "\ufffd":
+            self._held = data
+            return ""
+        self._held = b""
         return text
 
     def rest(self) -> str:
-        """U+FFFD if the answer ends inside a character, else nothing."""
-        return self._decoder.decode(b"", True)
+        """What is held back."""
+        text, self._held = self._held.decode("utf-8", "replace"), b""
+        return text
