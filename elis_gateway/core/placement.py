@@ -67,12 +67,15 @@ class Running:
 class Upstream:
     """One upstream's slots, its slices in flight, and the jobs whose prefix it has cached."""
 
-    __slots__ = ("_victims", "closing", "ending", "held", "info", "queue", "running", "unstarted")
+    __slots__ = ("_victims", "closing", "ending", "held", "info", "pools", "queue", "running", "unstarted")
 
     def __init__(self, info: UpstreamInfo) -> None:
         self.info = info
         self.running: dict[int, Running] = {}
         self.queue = ReadyQueue()
+        """Jobs whose prefix it has cached."""
+        self.pools: list[Pool] = []
+        """Those it belongs to."""
         self.closing = 0
         """Started slices that were told to end."""
         self.ending = 0

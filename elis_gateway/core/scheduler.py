@@ -27,12 +27,15 @@ from elis_gateway.core.admission import Alarms
 from elis_gateway.core.job import Estimate, Job, JobSpec, JobState, Outcome
 from elis_gateway.core.placement import Pool, Running, Upstream, UpstreamInfo
 from elis_gateway.core.policy import FCFS, Policy, remaining_tokens
-from elis_gateway.core.ready import Head, ReadyQueue
+from elis_gateway.core.ready import ReadyQueue
 from elis_gateway.core.slice import Slice, SliceEnd, SliceResult
+from elis_gateway.core.waiting import WaitingRoom
 
 __all__ = ["Scheduler", "SchedulerConfig"]
 
 _READY, _RUNNING, _ESTIMATING, _DONE = JobState.READY, JobState.RUNNING, JobState.ESTIMATING, JobState.DONE
+_SEAM_TOKENS = 2.0
+"""Assumed until learned; an engine on a GPU needs one or two, a small one on a CPU four."""
 _CLASS_STRIDE = 10**13
 """Milliseconds; far above any key, so that classes never mix in one integer priority."""
 
@@ -73,9 +76,13 @@ class Scheduler:
         self.config = config
         self.jobs: dict[str, Job] = {}
         """Live jobs, and finished ones whose slice has not ended yet."""
-        self.upstreams: dict[str, Upstream] = {}
-        self.pools: dict[str, Pool] = {}
-        self.seam_tokens = 2.0 if config.seam_cost is None else config.seam_cost
+        self.room = WaitingRoom(
+            config.seconds_per_token,
+            config.prefill_tokens_per_second,
+            _SEAM_TOKENS if config.seam_cost is None else config.seam_cost,
+        )
+        self.upstreams = self.room.upstreams
+        self.pools = self.room.pools
         self._slices: dict[int, Running] = {}
         self._held: dict[str, Upstream] = {}
         self._alarms = Alarms()
@@ -90,9 +97,11 @@ class Scheduler:
         if spec.id in self.jobs:
             raise ValueError(f"job id {spec.id!r} is in use")
         job = Job(spec, now)
-        pool = self._pool(spec.model, now)
+        pool = self.room.pool(spec.model, now)
+        if spec.conversation is not None:
+            job.home = self.room.warm_home(job)
         limit = self.config.queue_limit
-        if limit is not None and self.waiting() >= limit:
+        if limit is not None and self.room.count() >= limit:
             self._finish(job, Outcome.REJECTED, "queue_full", now)
             return self._take()
         self.jobs[spec.id] = job
@@ -171,7 +180,7 @@ class Scheduler:
             job.spec = job.spec._replace(limit=result.limit)
         end = result.end
         if end is SliceEnd.FINISHED:
-            self._pool(job.spec.model, now).lengths.add(job.attained)
+            self.room.pool(job.spec.model, now).lengths.add(job.attained)
             self._finish(job, Outcome.COMPLETED, result.cause, now)
         elif end is SliceEnd.FAILED:
             self._finish(job, Outcome.FAILED, result.cause, now)
@@ -204,9 +213,10 @@ class Scheduler:
         for model in stale:
             self.pools[model].upstreams.remove(upstream)
         for model in info.models:
-            pool = self._pool(model, now)
+            pool = self.room.pool(model, now)
             if upstream not in pool.upstreams:
                 pool.upstreams.append(upstream)
+        upstream.pools = [self.pools[m] for m in sorted(info.models)]
         for pool in self.pools.values():
             was_down = pool.down_since is not None
             pool.refresh(now)
@@ -260,7 +270,7 @@ class Scheduler:
     def waiting(self, model: str | None = None) -> int:
         """Jobs in the ready queues, of one model or of all."""
         if model is None:
-            return sum(p.queue.live for p in self.pools.values()) + sum(u.queue.live for u in self.upstreams.values())
+            return self.room.count()
         return sum(1 for j in self.jobs.values() if j.state is _READY and j.spec.model == model)
 
     def running(self, upstream_id: str) -> int:
@@ -272,34 +282,28 @@ class Scheduler:
         pool = self.pools.get(model)
         return pool.seconds_per_token if pool else self.config.seconds_per_token
 
+    @property
+    def seam_tokens(self) -> float:
+        """What a seam costs in decoded tokens: set, or learned so far."""
+        return self.room.seam_tokens
+
     # ---- queue and slots --------------------------------------------------------------------------------------
 
     def _use(self, policy: Policy) -> None:
         self.policy: Policy = policy if self.config.estimates or not policy.needs_estimates else FCFS()
         self._estimates = self.policy.needs_estimates
         self._elastic = self.policy.preempts and self.config.mode == "elastic"
-        self._fixed = self.policy.preempts and self.config.mode == "fixed"
+        fixed = self.policy.preempts and self.config.mode == "fixed"
+        self._fixed_window = self.config.window if fixed else None
 
     def _take(self) -> list[Action]:
         actions = self._actions
         self._actions = []
         return actions
 
-    def _pool(self, model: str, now: float) -> Pool:
-        pool = self.pools.get(model)
-        if pool is None:
-            pool = self.pools[model] = Pool(model, self.config.seconds_per_token, now)
-        return pool
-
-    def _pools_pace(self, job: Job) -> float:
-        return self.pools[job.spec.model].seconds_per_token
-
     def _next_id(self) -> int:
         self._last_id += 1
         return self._last_id
-
-    def _queue_of(self, job: Job) -> ReadyQueue:
-        return self.upstreams[job.home].queue if job.home is not None else self.pools[job.spec.model].queue
 
     def _enqueue(self, job: Job, now: float, *, place: bool = True) -> None:
         """READY: straight into a free slot where there is one, else the queue. ``place`` False: the caller fills."""
@@ -307,22 +311,22 @@ class Scheduler:
         job.state = _READY
         job.ready_since = now
         pool = self.pools[job.spec.model]
-        if job.home is not None and not self._is_warm(job):
+        if job.home is not None and not self.room.is_warm(job.home, job.spec.model):
             job.home = None
         if job.home is None:
             held, place = None, True
         if place and held is None:
-            upstream = self._free_upstream(job, pool, now)
+            upstream = self.room.free_upstream(job, pool, self._fixed_window)
             if upstream is not None:
                 self._start(job, upstream, now)
                 return
-        self._push(job, self._queue_of(job), pool, now)
+        self._push(job, self.room.queue_of(job), pool, now)
         if pool.down_since is not None:
             self._alarms.capacity_until(now + self.config.unavailable_timeout, job.spec.id)
         if held is not None:
             self._fill(held, now)
-        elif place:
-            self._settle(job, pool, now)
+        elif place and self._elastic:
+            self._make_yield(self.room.yields_to(job, pool, now))
 
     def _push(self, job: Job, queue: ReadyQueue, pool: Pool, now: float) -> None:
         tail = self.config.tail
@@ -330,43 +334,14 @@ class Scheduler:
             job.due = pool.shadow.due(job, remaining_tokens(job, pool) * pool.seconds_per_token, tail)
         queue.push(job, self.policy.key(job, pool, now), self._next_id())
 
-    def _is_warm(self, job: Job) -> bool:
-        home = self.upstreams.get(job.home)  # type: ignore[arg-type]
-        return home is not None and home.info.slots > 0 and job.spec.model in home.info.models
-
     def _rekey(self, job: Job, now: float) -> None:
         """A waiting job's key changed: a new entry; the old one goes stale."""
         pool = self.pools[job.spec.model]
-        queue = self._queue_of(job)
+        queue = self.room.queue_of(job)
         queue.discard(job)
         self._push(job, queue, pool, now)
-        self._settle(job, pool, now)
-
-    def _free_upstream(self, job: Job, pool: Pool, now: float) -> Upstream | None:
-        """The slot a job that just became READY may take at once: its warm home, else the least loaded that pays."""
-        best: Upstream | None = None
-        for upstream in pool.upstreams:
-            if upstream.free <= 0:
-                continue
-            if upstream.info.id == job.home:
-                return upstream
-            if best is None or upstream.load < best.load:
-                best = upstream
-        if best is not None and job.home is not None and not self._move_pays(job, now):
-            return None
-        return best
-
-    def _move_pays(self, job: Job, now: float) -> bool:
-        """Is prefilling ``job`` on a cold replica cheaper than the wait for a slot at its warm home?"""
-        home = self.upstreams[job.home]  # type: ignore[index]
-        prefill = (job.spec.prompt_tokens + job.attained) / self.config.prefill_tokens_per_second
-        pace = self._pools_pace(job)
-        shortest = min((self._left(r.job) for r in home.running.values()), default=0.0)
-        return prefill < shortest * pace
-
-    def _left(self, job: Job) -> float:
-        left = remaining_tokens(job, self.pools[job.spec.model])
-        return min(left, float(self.config.window)) if self._fixed else left
+        if self._elastic:
+            self._make_yield(self.room.yields_to(job, pool, now))
 
     def _unhold(self, job: Job) -> Upstream | None:
         """The slot kept for ``job``'s estimate, given back."""
@@ -378,34 +353,13 @@ class Scheduler:
     def _fill(self, upstream: Upstream, now: float) -> None:
         """Give every free slot of ``upstream`` to the best job that may run there."""
         while upstream.free > 0:
-            head = self._best_for(upstream, now)
+            head = self.room.best_for(upstream, now)
             if head is None:
-                head = self._stray(upstream, now)
+                head = self.room.stray_for(upstream, self._fixed_window, now)
                 if head is None:
                     return
-            self._queue_of(head.job).discard(head.job)
+            self.room.queue_of(head.job).discard(head.job)
             self._start(head.job, upstream, now, head.key if head.late else None)
-
-    def _best_for(self, upstream: Upstream, now: float) -> Head | None:
-        best = upstream.queue.head(now)
-        for model in upstream.info.models:
-            head = self.pools[model].queue.head(now)
-            if head is not None and (best is None or head < best):
-                best = head
-        return best
-
-    def _stray(self, upstream: Upstream, now: float) -> Head | None:
-        """Nothing waits here: take a job that waits for its warm home elsewhere, where moving it pays."""
-        best: Head | None = None
-        for other in self.upstreams.values():
-            if other is upstream or not other.queue.live:
-                continue
-            head = other.queue.head(now)
-            if head is None or head.job.spec.model not in upstream.info.models or (best is not None and best < head):
-                continue
-            if self._move_pays(head.job, now):
-                best = head
-        return best
 
     def _start(self, job: Job, upstream: Upstream, now: float, key: float | None = None) -> None:
         pool = self.pools[job.spec.model]
@@ -415,8 +369,8 @@ class Scheduler:
         limit = job.allowed
         window = None
         if spec.sliceable:
-            if self._fixed:
-                limit = self.config.window if limit is None else min(limit, self.config.window)
+            if self._fixed_window is not None:
+                limit = self._fixed_window if limit is None else min(limit, self._fixed_window)
             elif self._elastic:
                 window = self.config.window
         priority = spec.rank * _CLASS_STRIDE + round(key * 1000.0) if upstream.info.orders else 0
@@ -431,8 +385,10 @@ class Scheduler:
         if job.first_run is None:
             job.first_run = now
         self._actions.append(Run(slice_))
+        if spec.conversation is not None:
+            self.room.remember(job)
         if upstream.info.overcommit and self._elastic:
-            self._settle_calls(upstream, now)
+            self._make_yield(self.room.yields_on(upstream, now))
 
     def _release(self, running: Running) -> None:
         upstream = running.upstream
@@ -454,24 +410,24 @@ class Scheduler:
             job.first_token = now
         elif self.config.seam_cost is None and len(upstream.running) <= upstream.info.slots:
             # The first token of a continuation is late by the seam: what preempting this job has cost.
-            pace = self._pools_pace(job)
+            pace = self.room.pace(job)
             seam = min(max((now - running.sent) / pace - 1.0, 0.0), 200.0)
-            self.seam_tokens += 0.05 * (seam - self.seam_tokens)
+            self.room.seam_tokens += 0.05 * (seam - self.room.seam_tokens)
         running.mark_at = now
         running.mark_tokens = job.attained + 1
         if upstream.info.overcommit:
             # It may have waited in the engine's queue: what came before the first token was a seam, not slot time.
-            running.began = now - self._margin(job)
+            running.began = now - self.room.margin(job)
         if job.state is _RUNNING and self._elastic and job.spec.sliceable and job.preemptions == 0:
             upstream.offer(running, running.key)
-            self._settle_calls(upstream, now)
+            self._make_yield(self.room.yields_on(upstream, now))
 
     def _continue(self, job: Job, upstream: Upstream, now: float) -> None:
         """A fixed window is over and the answer goes on."""
         if not self._estimates:
             self._enqueue(job, now, place=False)
             return
-        if self.config.rescore == "always" or self._best_for(upstream, now) is not None:
+        if self.config.rescore == "always" or self.room.best_for(upstream, now) is not None:
             # The slot is held: who gets it depends on what this job's fresh estimate says.
             job.state = _ESTIMATING
             self._held[job.spec.id] = upstream
@@ -493,7 +449,7 @@ class Scheduler:
     def _drop(self, job: Job, outcome: Outcome, cause: str, now: float) -> None:
         held = self._unhold(job)
         if job.state is _READY:
-            self._queue_of(job).discard(job)
+            self.room.queue_of(job).discard(job)
             job.waited += now - job.ready_since
         elif job.state is _RUNNING:
             running = self._slices[job.slice]  # type: ignore[index]
@@ -525,7 +481,7 @@ class Scheduler:
     def _shadow(self, job: Job) -> None:
         """Tell first-come's shadow what the job turned out to need: its slot time without the seams our order cost."""
         pool = self.pools[job.spec.model]
-        seams = max(job.slices - 1, 0) * self.seam_tokens * pool.seconds_per_token
+        seams = max(job.slices - 1, 0) * self.room.seam_tokens * pool.seconds_per_token
         pool.shadow.over(job, max(job.served - seams, 0.0))
 
     def _is_stranded(self, job: Job, now: float) -> bool:
@@ -551,86 +507,17 @@ class Scheduler:
         key = self.policy.key(job, self.pools[job.spec.model], now)
         if not running.started:
             # Still in the engine's queue: what it was sent with no longer holds.
-            if abs(key - running.key) > self._margin(job):
+            if abs(key - running.key) > self.room.margin(job):
                 running.key = key
                 if upstream.info.orders and len(upstream.queued_calls()) > 0:
-                    self._yield(running)
+                    self._make_yield([running])
             return
         # Never twice within one window of the same job.
         if job.preemptions == 0 or job.attained - running.base >= self.config.window:
             upstream.offer(running, key)
-            self._settle_calls(upstream, now)
+            self._make_yield(self.room.yields_on(upstream, now))
 
-    def _settle(self, job: Job, pool: Pool, now: float) -> None:
-        """``job`` waits, and nothing is free: should somebody yield to it?"""
-        if not self._elastic or not job.entry:
-            return
-        if job.home is not None:
-            self._settle_calls(self.upstreams[job.home], now)
-            return
-        worst: Upstream | None = None
-        worst_key: tuple[int, float] | None = None
-        for upstream in pool.upstreams:
-            victim = upstream.victim(now)
-            if victim is None:
-                continue
-            key = (victim.job.spec.rank, victim.key)
-            if worst_key is None or key > worst_key:
-                worst, worst_key = upstream, key
-        if worst is None and pool.upstreams:
-            worst = max(pool.upstreams, key=lambda u: len(u.unstarted))
-        if worst is not None:
-            self._settle_calls(worst, now)
-
-    def _settle_calls(self, upstream: Upstream, now: float) -> None:
-        """Compare who waits for ``upstream`` with who runs there; at most one is told to yield."""
-        if upstream.info.overcommit:
-            queued = upstream.queued_calls()
-            if queued:
-                self._settle_queued(upstream, queued, now)
-                return
-        victim = upstream.victim(now)
-        if victim is None or upstream.free > 0:
-            return
-        ending = (
-            len(upstream.running) and sum(1 for r in upstream.running.values() if r.ending) if upstream.closing else 0
-        )
-        head = self._nth_for(upstream, ending + 1, now)
-        if head is not None and self._deserves(head.rank, head.key, head.late, victim):
-            self._yield(victim)
-
-    def _settle_queued(self, upstream: Upstream, queued: list[Running], now: float) -> None:
-        """The engine keeps a queue: first the right calls must be in it, then the best of them may need a slot."""
-        head = self._best_for(upstream, now)
-        if head is not None and upstream.free <= 0:
-            worst = max(queued, key=lambda r: (r.job.spec.rank, r.key))
-            if self._deserves(head.rank, head.key, head.late, worst):
-                self._yield(worst)
-        victim = upstream.victim(now)
-        first = queued[0]
-        if victim is not None and not first.ending and self._deserves(first.job.spec.rank, first.key, 1, victim):
-            self._yield(victim)
-
-    def _deserves(self, rank: int, key: float, late: int, victim: Running) -> bool:
-        """Is a waiting job's key better than ``victim``'s by more than the seam costs? A higher class always is."""
-        its = victim.job.spec.rank
-        if rank != its:
-            return rank < its
-        # An overdue job is next for a slot, but evicts nobody: its key here is a due time.
-        return late == 1 and key + self._margin(victim.job) < victim.key
-
-    def _margin(self, job: Job) -> float:
-        return self.seam_tokens * self._pools_pace(job)
-
-    def _yield(self, running: Running) -> None:
-        self._end(running)
-        self._actions.append(Preempt(running.slice.id))
-
-    def _nth_for(self, upstream: Upstream, n: int, now: float) -> Head | None:
-        if n == 1:
-            return self._best_for(upstream, now)
-        heads = upstream.queue.best(n, now)
-        for model in upstream.info.models:
-            heads += self.pools[model].queue.best(n, now)
-        heads.sort()
-        return heads[n - 1] if len(heads) >= n else None
+    def _make_yield(self, slices: list[Running]) -> None:
+        for running in slices:
+            self._end(running)
+            self._actions.append(Preempt(running.slice.id))

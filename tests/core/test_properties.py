@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
 from elis_gateway.core.actions import Abort, Action, AskEstimate, Finish, Preempt, Run
-from elis_gateway.core.job import Estimate, JobSpec, JobState
-from elis_gateway.core.placement import UpstreamInfo
+from elis_gateway.core.job import Estimate, Job, JobSpec, JobState
+from elis_gateway.core.placement import Pool, UpstreamInfo
 from elis_gateway.core.policy import FCFS, ISRTF, LAS, SJF, Aging, Policy, RoundRobin
 from elis_gateway.core.scheduler import Scheduler, SchedulerConfig
 from elis_gateway.core.slice import Slice, SliceEnd, SliceResult
@@ -20,6 +20,53 @@ SERVES = {"u": frozenset({"m"}), "v": frozenset({"m", "n"})}
 POLICIES: list[Policy] = [
     FCFS(), RoundRobin(), LAS(), SJF(), ISRTF(), ISRTF("mean", Aging("linear")), ISRTF("gittins", Aging("boost")),
 ]  # fmt: skip
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.0, 30.0), st.integers(1, 300)), min_size=2, max_size=40),
+    st.sampled_from([Aging("linear", a=0.5), Aging("boost", factor=1.0)]),
+    st.integers(1, 3),
+)
+def test_the_wait_is_bounded(arrivals, aging, slots):
+    """At a fixed pace and gamma no job starts before a waiting one that came earlier than it by more than
+    boost(shortest) - boost(longest): that is when the key of even the shortest newcomer is behind the longest's."""
+    longest, now = 300, 0.0
+    scheduler = Scheduler(SchedulerConfig(mode="fixed", seconds_per_token=1.0), SJF("mean", aging))
+    scheduler.upstream_changed(UpstreamInfo("u", frozenset({"m"}), slots), 0.0)
+    pool = scheduler.pools["m"]
+    spread = _boost(aging, 1.0, pool) - _boost(aging, float(longest), pool)
+    flying: list[Slice] = []
+    waiting: dict[str, float] = {}
+
+    def perform(actions: list[Action]) -> None:
+        for action in actions:
+            if isinstance(action, AskEstimate):
+                waiting[action.job.id] = now
+                perform(scheduler.estimated(action.job.id, Estimate(float(lengths[action.job.id])), now))
+            elif isinstance(action, Run):
+                job = action.slice.job
+                del waiting[job.id]
+                assert all(job.arrival <= since + spread + 1e-6 for since in waiting.values())
+                flying.append(action.slice)
+
+    lengths: dict[str, int] = {}
+    for i, (gap, length) in enumerate(arrivals):
+        now += gap
+        lengths[f"j{i}"] = length
+        perform(scheduler.submit(JobSpec(f"j{i}", "m", limit=length), now))
+        if i % 3 == 2:
+            slice_ = flying.pop(0)
+            perform(scheduler.slice_ended(slice_.id, SliceResult(SliceEnd.FINISHED, 1), now))
+    while flying:
+        now += 1.0
+        slice_ = flying.pop(0)
+        perform(scheduler.slice_ended(slice_.id, SliceResult(SliceEnd.FINISHED, 1), now))
+    assert not waiting
+
+
+def _boost(aging: Aging, seconds: float, pool: Pool) -> float:
+    job = Job(JobSpec("x", "m"), 0.0)
+    return -aging.key(job, seconds, pool)
 
 
 class Machine(RuleBasedStateMachine):

@@ -306,6 +306,14 @@ class TestUpstreams:
         assert s.finish("b", 300) == ["completed b"]
         assert s.finish("c", 20) == ["completed c", "run a on u"]
 
+    def test_the_next_turn_goes_where_the_last_one_ran(self):
+        s = Stage(FCFS(), upstreams=("u", "v"), slots=2)
+        s.submit("x")
+        assert s.submit("turn1", conversation="c") == ["run turn1 on v"]
+        s.finish("turn1")
+        s.submit("y")
+        assert s.submit("turn2", conversation="c") == ["run turn2 on v"]
+
 
 class TestLimits:
     def test_a_full_queue_rejects(self):
@@ -377,3 +385,10 @@ def test_seam_cost_is_learned_from_continuations():
     s.at(50).finish("b", 20)
     s.at(62).started("a")
     assert s.scheduler.seam_tokens > before
+
+
+def test_a_window_told_before_the_first_token_still_makes_a_job_yield():
+    s = Stage(LAS())
+    s.submit("a")
+    s.submit("b")
+    assert s.window("a", 50) == ["preempt a"]

@@ -1,0 +1,197 @@
+"""Where jobs wait and who goes next: one shared queue per pool, one queue per upstream for the jobs it keeps warm.
+
+Knows: upstreams, pools, queues, and what moving a job costs. Never: states of jobs, actions.
+
+A free slot takes the better of its upstream's own head and the shared heads of the models it serves. Where all of them
+are empty it takes a job that waits for its warm home elsewhere, unless prefilling that job again would cost more than
+its wait.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from elis_gateway.core.job import Job
+from elis_gateway.core.placement import Pool, Running, Upstream
+from elis_gateway.core.policy import remaining_tokens
+from elis_gateway.core.ready import Head, ReadyQueue
+
+__all__ = ["WaitingRoom"]
+
+_CONVERSATIONS = 20_000
+
+
+class WaitingRoom:
+    """All queues, and the choices between them."""
+
+    def __init__(self, seconds_per_token: float, prefill_tokens_per_second: float, seam_tokens: float) -> None:
+        self.upstreams: dict[str, Upstream] = {}
+        self.pools: dict[str, Pool] = {}
+        self.seam_tokens = seam_tokens
+        """What ending one call and starting another costs, in decoded tokens."""
+        self._seconds_per_token = seconds_per_token
+        self._prefill = prefill_tokens_per_second
+        self._conversations: OrderedDict[str, str] = OrderedDict()
+
+    def pool(self, model: str, now: float) -> Pool:
+        """The pool of ``model``, made on first use."""
+        pool = self.pools.get(model)
+        if pool is None:
+            pool = self.pools[model] = Pool(model, self._seconds_per_token, now)
+        return pool
+
+    def pace(self, job: Job) -> float:
+        """Seconds per token of the job's pool."""
+        return self.pools[job.spec.model].seconds_per_token
+
+    def margin(self, job: Job) -> float:
+        """The seam in seconds: by how much a waiting job's key must be better before ``job`` yields."""
+        return self.seam_tokens * self.pace(job)
+
+    def queue_of(self, job: Job) -> ReadyQueue:
+        """Where ``job`` waits, or would."""
+        return self.upstreams[job.home].queue if job.home is not None else self.pools[job.spec.model].queue
+
+    def count(self) -> int:
+        """Jobs in all queues."""
+        return sum(p.queue.live for p in self.pools.values()) + sum(u.queue.live for u in self.upstreams.values())
+
+    # ---- stickiness -------------------------------------------------------------------------------------------
+
+    def is_warm(self, upstream_id: str, model: str) -> bool:
+        """Is the upstream there, up, and still serving ``model``?"""
+        upstream = self.upstreams.get(upstream_id)
+        return upstream is not None and upstream.info.slots > 0 and model in upstream.info.models
+
+    def remember(self, job: Job) -> None:
+        """The next turn of this conversation will find its prefix where ``job`` ran last."""
+        key = job.spec.conversation
+        if key is not None and job.home is not None:
+            self._conversations[key] = job.home
+            self._conversations.move_to_end(key)
+            if len(self._conversations) > _CONVERSATIONS:
+                self._conversations.popitem(last=False)
+
+    def warm_home(self, job: Job) -> str | None:
+        """The upstream that served this conversation last, where it can serve it again."""
+        key = job.spec.conversation
+        home = self._conversations.get(key) if key is not None else None
+        return home if home is not None and self.is_warm(home, job.spec.model) else None
+
+    def free_upstream(self, job: Job, pool: Pool, window: int | None) -> Upstream | None:
+        """The slot a job that just became READY may take at once: its warm home, else the least loaded that pays."""
+        best: Upstream | None = None
+        for upstream in pool.upstreams:
+            if upstream.free <= 0:
+                continue
+            if upstream.info.id == job.home:
+                return upstream
+            if best is None or upstream.load < best.load:
+                best = upstream
+        if best is not None and job.home is not None and not self.move_pays(job, window):
+            return None
+        return best
+
+    def move_pays(self, job: Job, window: int | None) -> bool:
+        """Is prefilling ``job`` on a cold replica cheaper than the wait for a slot at its warm home?
+
+        ``window``: the most tokens any slice there runs before its slot is free, where windows are fixed.
+        """
+        home = self.upstreams[job.home]  # type: ignore[index]
+        prefill = (job.spec.prompt_tokens + job.attained) / self._prefill
+        left = min((self._left(r.job, window) for r in home.running.values()), default=0.0)
+        return prefill < left * self.pace(job)
+
+    def _left(self, job: Job, window: int | None) -> float:
+        left = remaining_tokens(job, self.pools[job.spec.model])
+        return left if window is None else min(left, float(window))
+
+    # ---- who goes next ----------------------------------------------------------------------------------------
+
+    def best_for(self, upstream: Upstream, now: float) -> Head | None:
+        """The job that should have the next slot of ``upstream``; it stays in its queue."""
+        best = upstream.queue.head(now) if upstream.queue.live else None
+        for pool in upstream.pools:
+            if pool.queue.live:
+                head = pool.queue.head(now)
+                if head is not None and (best is None or head < best):
+                    best = head
+        return best
+
+    def nth_for(self, upstream: Upstream, n: int, now: float) -> Head | None:
+        """The job that should have the ``n``-th next slot of ``upstream``."""
+        if n == 1:
+            return self.best_for(upstream, now)
+        heads = upstream.queue.best(n, now)
+        for pool in upstream.pools:
+            heads += pool.queue.best(n, now)
+        heads.sort()
+        return heads[n - 1] if len(heads) >= n else None
+
+    def stray_for(self, upstream: Upstream, window: int | None, now: float) -> Head | None:
+        """Nothing waits here: a job that waits for its warm home elsewhere, where moving it pays."""
+        best: Head | None = None
+        for other in self.upstreams.values():
+            if other is upstream or not other.queue.live:
+                continue
+            head = other.queue.head(now)
+            if head is None or head.job.spec.model not in upstream.info.models or (best is not None and best < head):
+                continue
+            if self.move_pays(head.job, window):
+                best = head
+        return best
+
+    # ---- who yields -------------------------------------------------------------------------------------------
+
+    def yields_to(self, job: Job, pool: Pool, now: float) -> list[Running]:
+        """``job`` waits and nothing is free: who should end for it?"""
+        if job.home is not None:
+            return self.yields_on(self.upstreams[job.home], now)
+        worst: Upstream | None = None
+        worst_key: tuple[int, float] | None = None
+        for upstream in pool.upstreams:
+            victim = upstream.victim(now)
+            if victim is None:
+                continue
+            key = (victim.job.spec.rank, victim.key)
+            if worst_key is None or key > worst_key:
+                worst, worst_key = upstream, key
+        if worst is None and pool.upstreams:
+            worst = max(pool.upstreams, key=lambda u: len(u.unstarted))
+        return self.yields_on(worst, now) if worst is not None else []
+
+    def yields_on(self, upstream: Upstream, now: float) -> list[Running]:
+        """Compare who waits for ``upstream`` with who runs there: the slices that should end, at most one of a kind."""
+        if upstream.info.overcommit:
+            queued = upstream.queued_calls()
+            if queued:
+                return self._yields_queued(upstream, queued, now)
+        victim = upstream.victim(now)
+        if victim is None or upstream.free > 0:
+            return []
+        # Slots about to free are spoken for by the best who wait; the next one needs a victim of its own.
+        head = self.nth_for(upstream, upstream.ending + 1, now)
+        return [victim] if head is not None and self._deserves(head, victim) else []
+
+    def _yields_queued(self, upstream: Upstream, queued: list[Running], now: float) -> list[Running]:
+        """The engine keeps a queue: first the right calls must be in it, then the best of them may need a slot."""
+        found: list[Running] = []
+        head = self.best_for(upstream, now)
+        if head is not None and upstream.free <= 0:
+            worst = max(queued, key=lambda r: (r.job.spec.rank, r.key))
+            if self._deserves(head, worst):
+                found.append(worst)
+        victim, first = upstream.victim(now), queued[0]
+        if victim is not None and first not in found:
+            sent = Head(first.job.spec.rank, 1, first.key, first.slice.id, first.job)
+            if self._deserves(sent, victim):
+                found.append(victim)
+        return found
+
+    def _deserves(self, head: Head, victim: Running) -> bool:
+        """Is the waiting job's key better than ``victim``'s by more than the seam costs? A higher class always is."""
+        rank = victim.job.spec.rank
+        if head.rank != rank:
+            return head.rank < rank
+        # An overdue job is next for a slot, but evicts nobody: its key here is a due time.
+        return head.late == 1 and head.key + self.margin(victim.job) < victim.key
