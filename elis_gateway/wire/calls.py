@@ -14,7 +14,7 @@ import orjson
 from elis_gateway.wire.openai import Request, Route
 from elis_gateway.wire.parameters import CARRIED
 
-__all__ = ["BLIND_LIMIT", "COMPLETIONS_DEFAULT", "Call", "by_ids", "by_text", "first", "own", "shortens"]
+__all__ = ["BLIND_LIMIT", "COMPLETIONS_DEFAULT", "Call", "by_ids", "by_text", "detokenize", "first", "own", "shortens"]
 
 COMPLETIONS_DEFAULT = 16
 """``max_tokens`` of a completion that names none: OpenAI's default and vLLM's."""
@@ -106,6 +106,11 @@ def by_text(request: Request, model: str, priority: int | None, limit: int | Non
     _streamed(body, request, False)
     _stops(body, request, False)
     return Call(request.route.value, orjson.dumps(body), True)
+
+
+def detokenize(model: str, tokens: Sequence[int | str]) -> Call:
+    """The text of some tokens."""
+    return Call("/detokenize", orjson.dumps({"model": model, "tokens": tokens}), False)
 
 
 def _ours(body: Mapping[str, Any], model: str, priority: int | None) -> dict[str, Any]:

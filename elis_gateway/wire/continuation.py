@@ -2,13 +2,14 @@
 
 An ``Answer`` builds the next call, reads what it brings, and decides at every end which tokens are kept.
 
-*Boundaries.* An engine sends the text of a token only when it is complete: a character split over several tokens comes
-with its last one, special tokens have no text, and busy engines send several tokens in one delta. A prompt that ends
-inside a character is poison (vLLM then sends the whole prompt as text), so a call may only go on after a token that
-completed its text. A delta ends at such a boundary if it is one token with text, or its last token is known (from
-such deltas, ``Lore``) to be whole characters by itself, or the next text begins with an ASCII character. Text is handed
-out only up to a boundary, and a call that ends elsewhere is cut back to the last one; the tokens dropped are generated
-again by the next call, which asks for more if nothing was kept.
+*Boundaries.* An engine sends text when it is complete: a character split over several tokens comes with its last one,
+special tokens have no text, and busy engines send several tokens in one delta. A prompt that ends inside a character is
+poison (vLLM then sends the whole prompt as text), so a call may only go on after a token that has given all its text.
+Tokens without text wait for the next that has some; a call that ends before it is cut back to the last token with text,
+and asks for more next time if nothing was kept. One token with text is a boundary. After several in one delta all text
+has come, but the last may have more to give: that is known if it is whole characters by itself (``Lore``, learned from
+deltas of one token), and otherwise the engine is asked (``/detokenize``) before the answer goes on; a token still owing
+its text is taken back.
 
 *Bias.* At temperature 0 this is exact. Above, tokens dropped at a seam are drawn anew, so a character of several tokens
 that would have begun just before a seam survives with less than its probability p (about p², if it needs the seam to be
@@ -35,7 +36,7 @@ from elis_gateway.core.slice import SliceEnd
 from elis_gateway.errors import GatewayError, UpstreamError, UpstreamUnavailable
 from elis_gateway.wire import calls
 from elis_gateway.wire.calls import Call
-from elis_gateway.wire.dialects import ById, ByText, Dialect, Lore, Mode
+from elis_gateway.wire.dialects import Boundary, ById, ByText, Dialect, Lore, Mode
 from elis_gateway.wire.encode import Encoder, blank
 from elis_gateway.wire.ledger import Ledger
 from elis_gateway.wire.openai import Request
@@ -61,9 +62,9 @@ class Answer:
 
     __slots__ = (
         "_asked", "_careful", "_context", "_dialect", "_encoder", "_first", "_foreign", "_grow", "_ledger", "_lore",
-        "_opened", "_ours", "_plain", "_preamble", "_restart", "_same", "_seam", "_start", "_stream", "_unary",
-        "_usage", "_usage_shown", "_whole", "attained", "committed", "error", "finish_reason", "finished", "limit",
-        "mode", "over", "prompt_tokens", "reason", "request", "started", "stop_reason",
+        "_opened", "_ours", "_plain", "_preamble", "_probing", "_restart", "_same", "_seam", "_start", "_stream",
+        "_unary", "_usage", "_usage_shown", "_whole", "attained", "committed", "error", "finish_reason", "finished",
+        "limit", "mode", "over", "prompt_tokens", "reason", "request", "started", "stop_reason",
     )  # fmt: skip
 
     def __init__(
@@ -146,6 +147,12 @@ class Answer:
         if remaining is not None and (asked is None or asked > remaining):
             asked = remaining
         self._begin(asked)
+        if self._ledger.unsure:
+            probe = self._dialect.probe(model, self._ledger.tokens, self._ledger.unsure)
+            if probe is not None:
+                self._probing = True
+                return probe
+            self._settle(True)
         if self.mode is Mode.WHOLE:
             self._unary = not request.stream
             return calls.own(request, model, priority)
@@ -182,7 +189,7 @@ class Answer:
         """Chunks of this call carry another identity than the answer's."""
         self._first = self._same = True
         """This call reads the client's own request; its chunks have the form of the client's route."""
-        self._opened = self._seam = self._restart = self._unary = self._ours = self._plain = False
+        self._opened = self._seam = self._restart = self._unary = self._ours = self._plain = self._probing = False
         # _seam: the engine ended the call at a limit of ours. _plain: nothing stands between a delta and the client.
 
     def refused(self, status: int, body: bytes) -> bool:
@@ -191,6 +198,9 @@ class Answer:
         Then the request is repeated as the client's own, so that its answer or its refusal is the engine's own. False:
         the client asked for it.
         """
+        if self._probing:
+            self._lore.can_detokenize = False
+            return True
         if self.mode is Mode.WHOLE or self._unary or not self._first or self.committed:
             return False
         altered = self._ours or self.request.stop or not self.request.stream
@@ -291,13 +301,11 @@ class Answer:
         tokens, count = read
         ledger = self._ledger
         self.started = True
-        if ledger.pending and text and self._dialect.closes(text):
-            self._commit(out)
         if ledger.stops is not None and finish == "stop" and not isinstance(reason, str) and count == 1:
             text = ""  # asking for stop strings in the text also brings the text of the token that ends it
         held = 0 if ledger.stops is None else len(ledger.stops.tail)
         found = ledger.search(text)
-        total = self.attained + ledger.pending + count
+        total = ledger.count + ledger.pending + count
         if found.stop is not None:
             exact = count <= 1 or (finish == "stop" and isinstance(reason, str) and found.at_end)
             if not exact and self.mode is Mode.IDS and self.request.body.get("temperature") == 0:
@@ -305,8 +313,8 @@ class Answer:
                 self._careful = total
                 self.over = self._seam = True
                 return
+            self.over = finish is None
             finish, reason = "stop", found.stop
-            self.over = True
         elif finish is not None and not self._is_real(finish, total):
             self._seam = True
             finish = reason = None
@@ -315,18 +323,25 @@ class Answer:
             shown += ledger.stops.flush()
         if chunk.get("usage"):
             self._correct(chunk, total)
-        if finish is not None and chunk.get("system_fingerprint"):
-            self._encoder.fingerprint = chunk["system_fingerprint"]
+        if self._seam:
+            self._note_fingerprint(chunk.pop("system_fingerprint", None))
+        elif finish is not None and not self.request.include_usage:
+            # On the last chunk of a stream, whichever that is; where we end the answer the engine did not put it there.
+            self._note_fingerprint(chunk.get("system_fingerprint"))
+            if self._lore.fingerprint is not None:
+                chunk["system_fingerprint"] = self._lore.fingerprint
         event = self._render(chunk, choice, shown, tokens, finish, reason) if self.request.stream else b""
-        fresh = not ledger.pending
+        fresh = not (ledger.pending or ledger.unsure)
         ledger.add(text, tokens, count, event)
         if finish is not None:
             self.finished = True
             self.finish_reason, self.stop_reason = finish, reason
-            self._commit(out)
+            self._commit(out, True)
             ledger.shorten(held + len(text) - len(found.shown) if found.stop is not None else 0)
-        elif self._dialect.boundary(text, tokens, fresh):
-            self._commit(out)
+            return
+        boundary = self._dialect.boundary(text, tokens, fresh)
+        if boundary is Boundary.SURE or (boundary is Boundary.UNSURE and not self.request.wants_ids):
+            self._commit(out, boundary is Boundary.SURE)  # ids once handed out could not be taken back
         else:
             self._plain = False
 
@@ -377,13 +392,14 @@ class Answer:
             return total == self._start or (remaining is not None and self._asked >= remaining)
         return total - self._start < self._asked or (remaining is not None and total - self._start >= remaining)
 
-    def _commit(self, out: list[bytes]) -> None:
+    def _commit(self, out: list[bytes], sure: bool) -> None:
         if self._preamble:
             out.append(self._preamble)
             self._preamble = b""
-        self._ledger.commit(out)
-        self.attained = self._ledger.count
-        self._plain = self._dialect.plain and self._ledger.stops is None
+        ledger = self._ledger
+        ledger.commit(out, sure)
+        self.attained = ledger.count - ledger.unsure
+        self._plain = sure and self._dialect.plain and ledger.stops is None
 
     def _render(
         self, chunk: dict[str, Any], choice: dict[str, Any], text: str, tokens: Any, finish: str | None, reason: object
@@ -391,8 +407,15 @@ class Answer:
         if self._same:
             if self._first:
                 self._encoder.remember(chunk, choice)
+            if self.request.wants_ids and not self.request.chat:  # with the first delta of the answer
+                first = not (self._ledger.count or self._ledger.pending)
+                choice["prompt_token_ids"] = self._dialect.prompt_ids if first else None
             return self._encoder.relay(chunk, choice, text, finish, reason)
         return self._encoder.dress(chunk, text, tokens, finish, reason)
+
+    def _note_fingerprint(self, fingerprint: str | None) -> None:
+        if fingerprint is not None:
+            self._lore.fingerprint = fingerprint
 
     def _correct(self, chunk: dict[str, Any], total: int) -> None:
         """Running usage, for clients that want it: of the answer, not of the call."""
@@ -406,8 +429,7 @@ class Answer:
             self.error = reported(chunk)
             self.over = True
             return
-        if chunk.get("system_fingerprint"):
-            self._encoder.fingerprint = chunk["system_fingerprint"]
+        self._note_fingerprint(chunk.get("system_fingerprint"))
         usage = chunk.get("usage")
         if not usage:
             return
@@ -420,10 +442,13 @@ class Answer:
             self._ledger.count = self.attained = self._start + usage["completion_tokens"] - self._ledger.pending
         if self.finished and self.request.include_usage and not self._usage_shown:
             self._usage_shown = True
-            out.append(self._encoder.usage_chunk(self._total_usage(), chunk))
+            out.append(self._encoder.usage_chunk(self._total_usage(), chunk, self._lore.fingerprint))
 
     def feed_whole(self, body: bytes) -> None:
         """Take the response of a call that was not streamed. Raises ``UpstreamUnavailable`` (cause ``garbage``)."""
+        if self._probing:
+            self._probed(body)
+            return
         try:
             document = orjson.loads(body)
             choice = document["choices"][0]
@@ -435,16 +460,33 @@ class Answer:
         self.started = self.finished = True
         self.finish_reason, self.stop_reason = choice.get("finish_reason"), choice.get("stop_reason")
         self._ledger.add(text, choice.get("token_ids") or (), count, b"")
-        self._ledger.commit([])
+        self._ledger.commit([], True)
         self.attained = self._ledger.count
         self._usage = usage
-        if document.get("system_fingerprint"):
-            self._encoder.fingerprint = document["system_fingerprint"]
+        self._note_fingerprint(document.get("system_fingerprint"))
         if self._first:
             self.prompt_tokens = usage.get("prompt_tokens")
             self._whole = body if self._encoder.name is None else self._encoder.rename(document)
             if self.mode is not Mode.WHOLE and self.request.route not in self._lore.documents:
                 self._lore.documents[self.request.route] = blank(document)
+
+    def _probed(self, body: bytes) -> None:
+        try:
+            complete = self._dialect.probed(orjson.loads(body), self._ledger.tokens)
+        except _MALFORMED:
+            self._lore.can_detokenize = False
+            return
+        if complete is not None:
+            self._settle(complete)
+
+    def _settle(self, complete: bool) -> None:
+        """It is known whether the last token has given all its text."""
+        ledger = self._ledger
+        if complete:
+            ledger.unsure = 0
+        else:
+            ledger.unkeep()
+        self.attained = ledger.count - ledger.unsure
 
     # -- ending ---------------------------------------------------------------------------------------------------
 
@@ -458,6 +500,8 @@ class Answer:
         if self.mode is Mode.WHOLE:
             return self._end_whole(how)
         dropped = self._ledger.drop()
+        if self._probing and how == "finished":
+            return SliceEnd.WINDOW
         if self._restart:
             self._go_whole("the upstream gives no token ids or parses its answers")
             return SliceEnd.WINDOW
@@ -467,7 +511,7 @@ class Answer:
             return SliceEnd.PREEMPTED
         if how == "broken" or not self._seam:
             return SliceEnd.INTERRUPTED
-        kept = self.attained > self._start or self.attained < self._careful
+        kept = self._ledger.count > self._start or self._ledger.count < self._careful
         self._grow = 0 if kept else 2 * max(self._asked or 0, dropped, 1)
         return SliceEnd.WINDOW
 
@@ -485,7 +529,7 @@ class Answer:
         out = b""
         if self.mode is not Mode.WHOLE and self.request.include_usage and not self._usage_shown:
             self._usage_shown = True
-            out = self._encoder.usage_chunk(self._total_usage(), None)
+            out = self._encoder.usage_chunk(self._total_usage(), None, self._lore.fingerprint)
         if note is not None:
             out += comment(note)
         self.committed = True
@@ -498,7 +542,9 @@ class Answer:
         shape = self._lore.documents.get(self.request.route)
         prompt_ids, ids = self._dialect.prompt_ids, self._ledger.tokens
         usage = self._total_usage()
-        return self._encoder.document(shape, self.text, usage, self.finish_reason, self.stop_reason, prompt_ids, ids)
+        return self._encoder.document(
+            shape, self.text, usage, self.finish_reason, self.stop_reason, prompt_ids, ids, self._lore.fingerprint
+        )
 
     def _total_usage(self) -> dict[str, Any]:
         return self._encoder.usage(self.prompt_tokens or 0, self.attained, self._usage)

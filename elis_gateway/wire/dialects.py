@@ -13,10 +13,12 @@ from elis_gateway.wire import calls
 from elis_gateway.wire.calls import Call
 from elis_gateway.wire.openai import Request, Route
 
-__all__ = ["ById", "ByText", "Delta", "Dialect", "Lore", "Mode"]
+__all__ = ["Boundary", "ById", "ByText", "Delta", "Dialect", "Lore", "Mode"]
 
 _REPLACEMENT = "�"
-"""An engine that flushes an incomplete character shows it as U+FFFD."""
+"""An incomplete character, decoded all the same."""
+_LONGEST = 8
+"""Tokens that surely hold the bytes of one character (at most four), whatever begins before them."""
 
 Delta = tuple[Sequence[int | str], int]
 """A delta's tokens as a continuation's prompt needs them, and how many tokens of the engine they are."""
@@ -33,16 +35,29 @@ class Mode(Enum):
     """Not at all: one call, relayed as it comes."""
 
 
+class Boundary(Enum):
+    """May a call go on after a delta?"""
+
+    SURE = "sure"
+    UNSURE = "unsure"
+    """All text there is has come, but the last of its tokens may have more to give."""
+    NONE = "none"
+
+
 class Lore:
     """What answers of one model teach the later ones. Shared by reference; grows to at most the vocabulary."""
 
-    __slots__ = ("closed", "documents")
+    __slots__ = ("can_detokenize", "closed", "documents", "fingerprint")
 
     def __init__(self) -> None:
         self.closed: set[int] = set()
         """Token ids that are whole characters by themselves: text is complete after them."""
+        self.can_detokenize = True
+        """Not refused yet."""
         self.documents: dict[Route, dict[str, Any]] = {}
         """The shape of a whole (not streamed) response, by route."""
+        self.fingerprint: str | None = None
+        """The engine's last ``system_fingerprint``: it comes at the end, which we may not wait for."""
 
 
 class Dialect(Protocol):
@@ -79,11 +94,14 @@ class Dialect(Protocol):
     def read(self, chunk: dict[str, Any], choice: dict[str, Any], text: str) -> Delta | None:
         """A delta's tokens. None: an answer of such deltas cannot be continued."""
 
-    def boundary(self, text: str, tokens: Sequence[int | str], fresh: bool) -> bool:
-        """May a call go on after this delta? ``fresh``: the delta before it ended at a boundary."""
+    def boundary(self, text: str, tokens: Sequence[int | str], fresh: bool) -> Boundary:
+        """What may be said of the end of this delta. ``fresh``: the delta before it ended at a sure boundary."""
 
-    def closes(self, text: str) -> bool:
-        """Does a delta beginning with this text prove that the text before it was complete?"""
+    def probe(self, model: str, tokens: list[int | str], unsure: int) -> Call | None:
+        """A call that tells whether the last of the tokens is complete. None: it must be taken as complete."""
+
+    def probed(self, document: dict[str, Any], tokens: list[int | str]) -> bool | None:
+        """Is it? None: not known yet, probe again."""
 
 
 class ById:
@@ -92,11 +110,13 @@ class ById:
     mode = Mode.IDS
     plain = True
 
-    __slots__ = ("_closed", "_request", "prompt_ids")
+    __slots__ = ("_alone", "_asked", "_lore", "_request", "prompt_ids")
 
     def __init__(self, request: Request, lore: Lore) -> None:
         self._request = request
-        self._closed = lore.closed
+        self._lore = lore
+        self._alone = False
+        self._asked: int | str | None = None
         self.prompt_ids: list[int] = []
 
     @property
@@ -124,18 +144,34 @@ class ById:
             return None
         return ids, len(ids)
 
-    def boundary(self, text: str, tokens: Sequence[int | str], fresh: bool) -> bool:
+    def boundary(self, text: str, tokens: Sequence[int | str], fresh: bool) -> Boundary:
         if not text or not tokens or text[-1] == _REPLACEMENT:
-            return False
+            return Boundary.NONE
         last = tokens[-1]
         if len(tokens) > 1:
-            return last in self._closed
+            return Boundary.SURE if last in self._lore.closed else Boundary.UNSURE
         if fresh and isinstance(last, int):
-            self._closed.add(last)
-        return True
+            self._lore.closed.add(last)
+        return Boundary.SURE
 
-    def closes(self, text: str) -> bool:
-        return text[0] < "\x80"
+    def probe(self, model: str, tokens: list[int | str], unsure: int) -> Call | None:
+        """First the last token alone, which teaches something for good; then the end of the text as it stands."""
+        if not self._lore.can_detokenize or not tokens:
+            return None
+        self._alone = tokens[-1] != self._asked
+        self._asked = tokens[-1]
+        return calls.detokenize(model, tokens[-1:] if self._alone else tokens[-_LONGEST:])
+
+    def probed(self, document: dict[str, Any], tokens: list[int | str]) -> bool | None:
+        complete = not str(document["prompt"]).endswith(_REPLACEMENT)
+        alone, last = self._alone, tokens[-1]
+        if complete and alone and isinstance(last, int) and _REPLACEMENT not in document["prompt"]:
+            self._lore.closed.add(last)
+            return True
+        if alone:
+            return None
+        self._asked = None
+        return complete
 
 
 class ByText:
@@ -181,9 +217,12 @@ class ByText:
             new = 1 if text else 0
         return (), new
 
-    def boundary(self, text: str, tokens: Sequence[int | str], fresh: bool) -> bool:
+    def boundary(self, text: str, tokens: Sequence[int | str], fresh: bool) -> Boundary:
         # Chat templates trim what they are given to continue, so a kept text must not end in white space.
-        return bool(text) and text[-1] != _REPLACEMENT and not text[-1].isspace()
+        return Boundary.NONE if not text or text[-1] == _REPLACEMENT or text[-1].isspace() else Boundary.SURE
 
-    def closes(self, text: str) -> bool:
-        return False
+    def probe(self, model: str, tokens: list[int | str], unsure: int) -> Call | None:
+        return None
+
+    def probed(self, document: dict[str, Any], tokens: list[int | str]) -> bool | None:
+        return True

@@ -25,7 +25,7 @@ class Encoder:
     """Renders one answer for one client."""
 
     __slots__ = (
-        "_chat", "_choice", "_chunk", "_wants_ids", "created", "details", "fingerprint", "id", "model", "name",
+        "_chat", "_choice", "_chunk", "_wants_ids", "created", "details", "id", "model", "name",
     )  # fmt: skip
 
     def __init__(self, request: Request) -> None:
@@ -37,7 +37,6 @@ class Encoder:
         """The name the client sees."""
         self.name: str | None = None
         """The alias it asked for, where the engine has another name for the model."""
-        self.fingerprint: str | None = None
         self.details: dict[str, Any] | None = None
         """``prompt_tokens_details`` of the call that read the client's prompt."""
         self._chunk: dict[str, Any] | None = None
@@ -105,7 +104,7 @@ class Encoder:
             usage["prompt_tokens_details"] = details
         return usage
 
-    def usage_chunk(self, usage: Mapping[str, Any], own: Mapping[str, Any] | None) -> bytes:
+    def usage_chunk(self, usage: Mapping[str, Any], own: Mapping[str, Any] | None, fingerprint: str | None) -> bytes:
         """The last chunk of a stream whose client asked for usage; ``own``: the engine's, where it sent one."""
         chunk: dict[str, Any] = dict(own or {})
         chunk["id"] = self.id
@@ -114,8 +113,8 @@ class Encoder:
         chunk["model"] = self.model
         chunk["choices"] = []
         chunk["usage"] = usage
-        if self.fingerprint is not None:
-            chunk["system_fingerprint"] = self.fingerprint
+        if fingerprint is not None:
+            chunk["system_fingerprint"] = fingerprint
         return b"data: " + orjson.dumps(chunk) + b"\n\n"
 
     def document(
@@ -127,6 +126,7 @@ class Encoder:
         stop_reason: object,
         prompt_ids: Sequence[int],
         ids: Sequence[int | str],
+        fingerprint: str | None,
     ) -> bytes:
         """The whole answer as one JSON document; ``shape``: a document of this route with the answer blanked out."""
         shape = shape or (_CHAT if self._chat else _COMPLETION)
@@ -139,7 +139,7 @@ class Encoder:
         if "stop_reason" in choice:
             choice["stop_reason"] = stop_reason
         document = {**shape, "id": self.id, "created": self.created, "model": self.model, "choices": [choice]}
-        document["system_fingerprint"] = self.fingerprint
+        document["system_fingerprint"] = fingerprint
         document["usage"] = {**shape["usage"], **usage}
         if isinstance(details := usage.get("prompt_tokens_details"), dict):
             document["usage"]["prompt_tokens_details"] = {**_DETAILS, **details}

@@ -13,18 +13,22 @@ __all__ = ["Ledger"]
 
 
 class Ledger:
-    """The answer up to the last boundary, and the deltas since, which a cut takes back.
+    """The answer so far: kept deltas, and those since the last boundary, which a cut takes back.
 
     ``tokens`` holds what a continuation's prompt needs: token ids, or text where an engine gives no id.
     """
 
-    __slots__ = ("_held", "_new_count", "_new_text", "_new_tokens", "_tail", "count", "pieces", "stops", "tokens")
+    __slots__ = (
+        "_held", "_new_count", "_new_text", "_new_tokens", "_tail", "count", "pieces", "stops", "tokens", "unsure",
+    )  # fmt: skip
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self.tokens: list[int | str] = []
         self.pieces: list[str] = []
         self.count = 0
         """Kept tokens; more than ``tokens`` where text stands for several."""
+        self.unsure = 0
+        """The last so many kept tokens have given all the text there is, but may end in one that has more to come."""
         self.stops = Stops(stops) if stops else None
         self._tail = ""
         self._new_tokens: list[int | str] = []
@@ -56,11 +60,12 @@ class Ledger:
         if event:
             self._held.append(event)
 
-    def commit(self, out: list[bytes]) -> None:
-        """The last delta ended at a boundary: keep everything, and release the events."""
+    def commit(self, out: list[bytes], sure: bool) -> None:
+        """Keep everything, and release the events. ``sure``: the last token has no text to come."""
         self.tokens += self._new_tokens
         self.pieces += self._new_text
         self.count += self._new_count
+        self.unsure = 0 if sure else self.unsure + self._new_count
         out += self._held
         self._clear()
         if self.stops is not None:
@@ -74,6 +79,12 @@ class Ledger:
             self.stops.tail = self._tail
         return dropped
 
+    def unkeep(self) -> None:
+        """The last token's text was still to come: it is not part of the answer yet."""
+        self.tokens.pop()
+        self.count -= 1
+        self.unsure -= 1
+
     def shorten(self, surplus: int) -> None:
         """Cut so many characters off the kept text: a stop string, and what came after it in the same delta."""
         if surplus:
@@ -82,7 +93,7 @@ class Ledger:
     def reset(self) -> None:
         """Forget the answer: it is asked for again."""
         self.drop()
-        self.tokens, self.pieces, self.count, self._tail = [], [], 0, ""
+        self.tokens, self.pieces, self.count, self.unsure, self._tail = [], [], 0, 0, ""
         if self.stops is not None:
             self.stops.tail = ""
 
