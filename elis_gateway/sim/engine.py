@@ -55,7 +55,7 @@ class Event(NamedTuple):
     at: float
 
 
-@dataclass
+@dataclass(slots=True)
 class Totals:
     """What the engine did, since it was made."""
 
@@ -117,6 +117,8 @@ class Engine:
     def __init__(self, model: EngineModel, *, now: float = 0.0) -> None:
         self.model = model
         self.totals = Totals()
+        self._slots = model.slots
+        self._kv = model.kv_tokens
         self._rates = [0.0] + [model.rate(batch) for batch in range(1, model.slots + 1)]
         self._at = now
         self._stalled = now
@@ -130,6 +132,8 @@ class Engine:
         self._waiting: dict[Hashable, _Call] = {}
         self._events: list[Event] = []
         self._seq = 0
+        self._due = inf
+        """When the next thing happens in here; -1: to be computed."""
         self._memory = 0.0
         """Memory in use is this plus the service counter times the batch."""
 
@@ -143,7 +147,9 @@ class Engine:
 
     @property
     def kv_used(self) -> float:
-        """Tokens of memory in use, as of the last input."""
+        """Tokens of memory in use, as of the last input; 0 where memory is no limit."""
+        if self._kv is None:
+            return 0.0
         return self._memory + len(self._calls) * self._service
 
     def start(
@@ -165,15 +171,14 @@ class Engine:
             raise ValueError(f"a call makes at least one token, not {output_tokens}")
         if call_id in self._calls or call_id in self._waiting:
             raise ValueError(f"call {call_id!r} is in progress")
-        model = self.model
-        if model.kv_tokens is not None and prompt_tokens + output_tokens > model.kv_tokens:
-            raise ValueError(f"{prompt_tokens} + {output_tokens} tokens do not fit into {model.kv_tokens}")
+        if self._kv is not None and prompt_tokens + output_tokens > self._kv:
+            raise ValueError(f"{prompt_tokens} + {output_tokens} tokens do not fit into {self._kv}")
         self._run_to(now)
         self._seq += 1
         self.totals.calls += 1
-        key = priority if model.orders else 0
+        key = priority if self.model.orders else 0
         call = _Call(call_id, self._seq, key, prompt_tokens, cached_tokens, output_tokens, mark_every)
-        if not self._queue and len(self._calls) < model.slots and self._fits(call):
+        if not self._queue and len(self._calls) < self._slots and self._fits(call):
             self._admit(call)
             self._set_rate()
         else:
@@ -228,7 +233,8 @@ class Engine:
         """When to ``advance`` next; None: never, without further input. An eviction is such a time, too."""
         if self._events:
             return self._events[0].at
-        return self._next_time()
+        due = self._due if self._due >= 0 else self._next()
+        return None if due == inf else due
 
     def advance(self, now: float) -> list[Event]:
         """Events up to ``now``, in order of time."""
@@ -238,62 +244,54 @@ class Engine:
 
     # What follows keeps one invariant: between inputs no event lies before ``_at``, and ``_service`` is as of ``_at``.
 
-    def _next_time(self) -> float | None:
+    def _next(self) -> float:
+        """Compute ``_due``: the running call whose next mark is first, or the memory full."""
         heap = self._heap
         while heap and heap[0][2].gone:
             heappop(heap)
-        if not heap:
-            return None
-        mark = heap[0][0]
-        if self.model.kv_tokens is not None:
-            mark = min(mark, self._memory_mark())
-        at = self._at if self._at > self._stalled else self._stalled
-        return at + (mark - self._service) / self._rate
+        if heap:
+            mark = heap[0][0] if self._kv is None else min(heap[0][0], self._memory_mark())
+            at = self._at if self._at > self._stalled else self._stalled
+            self._due = at + (mark - self._service) / self._rate
+        else:
+            self._due = inf
+        return self._due
 
     def _memory_mark(self) -> float:
         """The service at which the memory is full; a sequence alone always fits."""
         batch = len(self._calls)
-        if batch < 2 or self.model.kv_tokens is None:
+        if batch < 2 or self._kv is None:
             return inf
-        return max((self.model.kv_tokens - self._memory) / batch, self._service)
+        return max((self._kv - self._memory) / batch, self._service)
 
     def _run_to(self, now: float) -> None:
-        heap = self._heap
-        while heap:
-            top = heap[0]
-            if top[2].gone:
-                heappop(heap)
-                continue
-            mark = top[0]
-            full = False
-            if self.model.kv_tokens is not None:
-                limit = self._memory_mark()
-                full = limit < mark
-                mark = min(mark, limit)
-            at = self._at if self._at > self._stalled else self._stalled
-            due = at + (mark - self._service) / self._rate
-            if due > now:
-                break
+        while (due := self._due if self._due >= 0 else self._next()) <= now:
             self._elapse(due)
-            self._service = mark
-            if full:
+            self._due = -1.0
+            mark, _, call = self._heap[0]
+            if self._kv is not None and (full := self._memory_mark()) < mark:
+                self._service = full
                 self._evict()
             else:
-                self._reach(top[2], due)
-        self._elapse(now)
+                self._service = mark
+                self._reach(call, due)
+        if now > self._at:
+            self._elapse(now)
 
     def _elapse(self, to: float) -> None:
+        """Let time pass in which nothing happens."""
         span = to - self._at
         if span <= 0:
             return
         batch = len(self._calls)
         if batch:
-            self.totals.busy += span
+            totals = self.totals
+            totals.busy += span
             work = (span if self._at >= self._stalled else max(to - self._stalled, 0.0)) * self._rate
             self._service += work
-            if batch == self.model.slots:
-                self.totals.full += span
-                self.totals.full_tokens += work * batch
+            if batch == self._slots:
+                totals.full += span
+                totals.full_tokens += work * batch
         self._at = to
 
     def _reach(self, call: _Call, at: float) -> None:
@@ -306,8 +304,9 @@ class Engine:
             self._events.append(Event(ENDED, call.id, tokens, at))
             heappop(self._heap)
             del self._calls[call.id]
+            call.gone = True
+            self._memory -= call.base
             self.totals.tokens += tokens
-            self._leave(call)
             self._fill()
             return
         if tokens == call.mark and call.every:
@@ -317,11 +316,9 @@ class Engine:
         heapreplace(self._heap, (call.zero + call.target, call.seq, call))
 
     def _fits(self, call: _Call) -> bool:
-        limit = self.model.kv_tokens
-        if limit is None or not self._calls:
+        if self._kv is None or not self._calls:
             return True
-        room = limit - self.kv_used
-        return self._blocks(call) + len(self._calls) + 1 <= room
+        return self._blocks(call) + len(self._calls) + 1 <= self._kv - self.kv_used
 
     def _blocks(self, call: _Call) -> int:
         block = self.model.block
@@ -342,21 +339,21 @@ class Engine:
                     self._stalled = max(self._stalled, self._at) + seconds
                 else:
                     start += seconds * self._rates[batch]
-        if batch == model.slots:
+        if batch == self._slots:
             self.totals.full_tokens -= start
-        service = self._service
-        call.zero = service + start - call.tokens
-        call.base = self._blocks(call) - service
-        self._memory += call.base
+        call.zero = self._service + start - call.tokens
+        if self._kv is not None:
+            call.base = self._blocks(call) - self._service
+            self._memory += call.base
         heappush(self._heap, (call.zero + call.target, call.seq, call))
 
     def _leave(self, call: _Call) -> int:
         """Take a call, already out of ``_calls``, out of the batch; returns its tokens."""
         call.gone = True
         made = self._made(call)
-        if made == 0 and len(self._calls) + 1 == self.model.slots:
-            # Starting was never finished: give back what was charged and not spent.
-            self.totals.full_tokens += max(call.zero - self._service, 0.0)
+        if made == call.tokens and len(self._calls) + 1 == self._slots:
+            # Starting may not have been finished: give back what was charged and not spent.
+            self.totals.full_tokens += max(call.zero + call.tokens - self._service, 0.0)
         self._memory -= call.base
         if len(self._heap) > 2 * len(self._calls) + 64:
             self._heap[:] = [entry for entry in self._heap if not entry[2].gone]
@@ -369,12 +366,13 @@ class Engine:
 
     def _set_rate(self) -> None:
         self._rate = self._rates[len(self._calls)]
+        self._due = -1.0
 
     def _fill(self) -> None:
         """Admit from the queue what fits, and set the rate of the new batch."""
         queue = self._queue
         calls = self._calls
-        while queue and len(calls) < self.model.slots:
+        while queue and len(calls) < self._slots:
             call = queue[0][2]
             if call.gone:
                 heappop(queue)
@@ -388,7 +386,7 @@ class Engine:
             # Nothing depends on the counter's value now: starting over keeps its precision.
             self._heap.clear()
             self._service = self._memory = 0.0
-        self._rate = self._rates[len(calls)]
+        self._set_rate()
 
     def _evict(self) -> None:
         """Memory is full: push the least important running call back into the queue, to be computed anew."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from heapq import heappop, heappush
 from math import inf
 from typing import NamedTuple
@@ -21,8 +21,8 @@ from elis_gateway.core.job import Job, JobSpec, JobState, Outcome
 from elis_gateway.core.placement import UpstreamInfo
 from elis_gateway.core.scheduler import Scheduler
 from elis_gateway.core.slice import Slice, SliceEnd, SliceResult
-from elis_gateway.predictor.base import Estimate, Predictor, View
-from elis_gateway.sim.engine import ENDED, MARK, Engine, Event, PrefixCache, Totals
+from elis_gateway.predictor.base import Predictor, View
+from elis_gateway.sim.engine import MARK, STARTED, Engine, Event, PrefixCache, Totals
 
 __all__ = ["Outage", "Record", "Result", "SimJob", "simulate"]
 
@@ -133,21 +133,38 @@ def simulate(
     The scheduler must be fresh. Raises ValueError for an unsorted workload, RuntimeError where everything stands still
     although jobs are left (a bug of the scheduler, or no engine for a job).
     """
-    run = _Simulation(workload, scheduler, engines, predictor, latency, delay, text, predictions, observe)
-    return run.run(overcommit, outages)
+    run = _Simulation(workload, scheduler, engines, predictor, latency, delay, overcommit, text, predictions, observe)
+    return run.run(outages)
 
 
-class _Flight:
-    """A slice in flight."""
+class _Upstream(NamedTuple):
+    info: UpstreamInfo
+    engine: Engine
+    cache: PrefixCache | None
+    """None where prompts cost nothing."""
 
-    __slots__ = ("asked", "base", "engine", "sent", "slice")
 
-    def __init__(self, slice_: Slice, asked: SimJob, engine: Engine) -> None:
-        self.slice = slice_
+class _Life:
+    """What the driver keeps of one job; travels with it as its payload."""
+
+    __slots__ = ("asked", "base", "last", "limit", "predictions", "sent", "slice", "upstream", "whole")
+
+    def __init__(self, asked: SimJob, predictions: list[tuple[int, float]] | None) -> None:
         self.asked = asked
-        self.engine = engine
-        self.base = slice_.job.attained
+        limit = asked.limit
+        self.whole = asked.output_tokens if limit is None or limit > asked.output_tokens else limit
+        """Tokens at which the answer is complete."""
+        self.predictions = predictions
+        self.slice: Slice | None = None
+        """In flight, or the last one."""
+        self.upstream: _Upstream | None = None
+        """Where that is."""
+        self.base = 0
+        """Tokens before it."""
         self.sent = False
+        """The engine knows of it."""
+        self.last: int | None = None
+        """Tokens when a call was closed because the job is over."""
 
 
 class _Simulation:
@@ -159,41 +176,43 @@ class _Simulation:
         predictor: Predictor | None,
         latency: float,
         delay: float,
+        overcommit: int,
         text: Callable[[SimJob, int], str] | None,
         predictions: bool,
         observe: Callable[[float, Action], None] | None,
     ) -> None:
         self._workload = workload
         self._scheduler = scheduler
-        self._engines = list(engines.values())
-        self._names = list(engines)
-        self._by_name = dict(engines)
-        self._caches = {
-            name: PrefixCache(engine.model) if engine.model.prefill_tokens_per_second is not None else None
-            for name, engine in engines.items()
-        }
         self._predictor = predictor
         self._latency = latency
         self._delay = delay
-        self._text = text
+        self._text = text if predictor is not None and predictor.reads_text else None
+        self._predictions = predictions
         self._observe = observe
-        self._asked: dict[str, SimJob] = {}
-        self._flights: dict[int, _Flight] = {}
+        self._flights: dict[Hashable, _Life] = {}
+        """Jobs by slice in flight."""
         self._records: dict[str, Record] = {}
-        self._last_seen: dict[str, int] = {}
-        """Tokens of jobs whose call was closed because they are over, until their Finish comes."""
-        self._history: dict[str, list[tuple[int, float]]] | None = {} if predictions else None
         self._timers: list[tuple[float, int, Callable[..., list[Action]], tuple[object, ...]]] = []
         self._timer_seq = 0
         self._loop: asyncio.AbstractEventLoop | None = None
+        models = frozenset(job.model for job in workload)
+        self._upstreams = {
+            name: _Upstream(
+                UpstreamInfo(name, models, engine.model.slots, overcommit, engine.model.orders),
+                engine,
+                None if engine.model.prefill_tokens_per_second is None else PrefixCache(engine.model),
+            )
+            for name, engine in engines.items()
+        }
 
     # ---- the event loop ---------------------------------------------------------------------------------------
 
-    def run(self, overcommit: int, outages: Sequence[Outage]) -> Result:
-        self._infos = self._register(overcommit)
+    def run(self, outages: Sequence[Outage]) -> Result:
         for outage in outages:
             self._at(outage.at, self._down, outage.upstream)
             self._at(outage.until, self._up, outage.upstream)
+        for upstream in self._upstreams.values():
+            self._perform(self._scheduler.upstream_changed(upstream.info, 0.0), 0.0)
         # A run makes millions of short-lived objects and no cycles: looking for them costs a fifth of the time.
         collecting = gc.isenabled()
         gc.disable()
@@ -205,20 +224,11 @@ class _Simulation:
             if self._loop is not None:
                 self._loop.close()
         records = [self._records[job.id] for job in self._workload]
-        return Result(records, {name: engine.totals for name, engine in self._by_name.items()}, end)
-
-    def _register(self, overcommit: int) -> dict[str, UpstreamInfo]:
-        models = frozenset(job.model for job in self._workload)
-        infos = {}
-        for name, engine in self._by_name.items():
-            model = engine.model
-            infos[name] = UpstreamInfo(name, models, model.slots, overcommit, model.orders)
-            self._perform(self._scheduler.upstream_changed(infos[name], 0.0), 0.0)
-        return infos
+        return Result(records, {name: upstream.engine.totals for name, upstream in self._upstreams.items()}, end)
 
     def _run(self) -> float:
-        workload, scheduler, engines, timers = self._workload, self._scheduler, self._engines, self._timers
-        records = self._records
+        workload, scheduler, timers, records = self._workload, self._scheduler, self._timers, self._records
+        engines = [upstream.engine for upstream in self._upstreams.values()]
         total, index = len(workload), 0
         arrival = workload[0].arrival if total else inf
         now = 0.0
@@ -255,15 +265,15 @@ class _Simulation:
                     raise RuntimeError(f"the scheduler's next deadline stays at {deadline} s")
                 self._perform(scheduler.tick(now), now)
             else:
-                assert isinstance(source, Engine)
-                for event in source.advance(now):
-                    if self._delay:
-                        self._at(event.at + self._delay, self._deliver, event)
-                    else:
-                        actions = self._deliver(event, now)
-                        if actions:
-                            self._perform(actions, now)
+                self._advance(source, now)  # type: ignore[arg-type]
         return now
+
+    def _advance(self, engine: Engine, now: float) -> None:
+        for event in engine.advance(now):
+            if self._delay:
+                self._at(event.at + self._delay, self._deliver, event)
+            elif actions := self._deliver(event, now):
+                self._perform(actions, now)
 
     def _at(self, at: float, act: Callable[..., list[Action]], *args: object) -> None:
         self._timer_seq += 1
@@ -272,7 +282,6 @@ class _Simulation:
     # ---- inputs of the scheduler ------------------------------------------------------------------------------
 
     def _arrive(self, asked: SimJob, now: float) -> None:
-        self._asked[asked.id] = asked
         spec = JobSpec(
             asked.id,
             asked.model,
@@ -284,6 +293,7 @@ class _Simulation:
             None if asked.deadline is None else now + asked.deadline,
             asked.sliceable,
             asked.conversation,
+            _Life(asked, [] if self._predictions else None),
         )
         if asked.patience is not None:
             self._at(now + asked.patience, self._leave, asked.id)
@@ -295,156 +305,148 @@ class _Simulation:
     def _deliver(self, event: Event, now: float) -> list[Action]:
         """An engine's event reaches the gateway."""
         kind, slice_id, tokens, _ = event
-        flight = self._flights.get(slice_id)  # type: ignore[call-overload]
-        if flight is None:
+        life = self._flights.get(slice_id)
+        if life is None:
             return []
-        attained = flight.base + tokens
-        if kind is ENDED:
-            whole = flight.asked.output_tokens
-            limit = flight.slice.job.spec.limit
-            done = attained >= whole or (limit is not None and attained >= limit)
-            return self._end(flight, SliceEnd.FINISHED if done else SliceEnd.WINDOW, attained, now)
+        if kind is STARTED:
+            return self._scheduler.slice_started(slice_id, now)  # type: ignore[arg-type]
+        attained = life.base + tokens
         if kind is MARK:
-            return self._scheduler.window_passed(flight.slice.id, attained, now)
-        return self._scheduler.slice_started(flight.slice.id, now)
+            return self._scheduler.window_passed(slice_id, attained, now)  # type: ignore[arg-type]
+        return self._end(life, SliceEnd.FINISHED if attained >= life.whole else SliceEnd.WINDOW, attained, now)
 
-    def _end(self, flight: _Flight, end: SliceEnd, attained: int, now: float) -> list[Action]:
-        slice_id = flight.slice.id
+    def _end(self, life: _Life, end: SliceEnd, attained: int, now: float) -> list[Action]:
+        slice_id = life.slice.id  # type: ignore[union-attr]
         del self._flights[slice_id]
-        cache = self._caches[flight.slice.upstream]
-        if cache is not None and attained > flight.base:
-            asked = flight.asked
+        cache = life.upstream.cache  # type: ignore[union-attr]
+        if cache is not None and attained > life.base:
+            asked = life.asked
             cache.store(asked.conversation or asked.id, asked.prompt_tokens + attained)
         return self._scheduler.slice_ended(slice_id, SliceResult(end, attained), now)
 
     def _down(self, name: str, now: float) -> list[Action]:
-        actions = self._scheduler.upstream_changed(self._infos[name]._replace(slots=0), now)
-        made = self._by_name[name].abort_all(now)
-        cache = self._caches[name]
-        for flight in [flight for flight in self._flights.values() if flight.slice.upstream == name]:
-            tokens = made.get(flight.slice.id, 0)
-            actions += self._end(flight, SliceEnd.INTERRUPTED, flight.base + tokens, now)
-        if cache is not None:
-            cache.clear()
+        upstream = self._upstreams[name]
+        actions = self._scheduler.upstream_changed(upstream.info._replace(slots=0), now)
+        made = upstream.engine.abort_all(now)
+        for slice_id, life in list(self._flights.items()):
+            if life.upstream is upstream:
+                actions += self._end(life, SliceEnd.INTERRUPTED, life.base + made.get(slice_id, 0), now)
+        if upstream.cache is not None:
+            upstream.cache.clear()
         return actions
 
     def _up(self, name: str, now: float) -> list[Action]:
-        return self._scheduler.upstream_changed(self._infos[name], now)
+        return self._scheduler.upstream_changed(self._upstreams[name].info, now)
 
     # ---- actions ----------------------------------------------------------------------------------------------
 
     def _perform(self, actions: list[Action], now: float) -> None:
         """Perform actions in order; those that follow from them come after."""
-        todo = list(actions)
-        for action in todo:
-            if self._observe is not None:
-                self._observe(now, action)
+        observe = self._observe
+        for action in actions:
+            if observe is not None:
+                observe(now, action)
             if type(action) is Run:
                 self._start(action.slice, now)
             elif type(action) is AskEstimate:
-                todo += self._estimate(action.job, now)
+                actions += self._estimate(action.job, now)
             elif type(action) is Finish:
                 self._finish(action.job, now)
             elif isinstance(action, Preempt | Abort):
-                flight = self._flights[action.slice_id]
                 if self._delay:
-                    self._at(now + self._delay, self._close, flight)
+                    self._at(now + self._delay, self._close, action.slice_id)
                 else:
-                    todo += self._close(flight, now)
+                    actions += self._close(action.slice_id, now)
 
     def _start(self, slice_: Slice, now: float) -> None:
-        asked = self._asked[slice_.job.spec.id]
-        engine = self._by_name[slice_.upstream]
-        flight = self._flights[slice_.id] = _Flight(slice_, asked, engine)
+        job = slice_.job
+        life: _Life = job.spec.payload  # type: ignore[assignment]
+        self._flights[slice_.id] = life
+        life.slice = slice_
+        life.base = job.attained
+        life.upstream = self._upstreams[slice_.upstream]
+        life.sent = False
         if self._delay:
-            self._at(now + self._delay, self._send, flight)
+            self._at(now + self._delay, self._send, slice_.id)
         else:
-            self._send(flight, now)
+            self._send(slice_.id, now)
 
-    def _send(self, flight: _Flight, now: float) -> list[Action]:
-        slice_, asked = flight.slice, flight.asked
-        if slice_.id not in self._flights:
+    def _send(self, slice_id: int, now: float) -> list[Action]:
+        life = self._flights.get(slice_id)
+        if life is None:
             return []
-        flight.sent = True
-        attained = flight.base
-        left = asked.output_tokens if asked.limit is None else min(asked.output_tokens, asked.limit)
-        left -= attained
-        if slice_.limit is not None and slice_.limit < left:
-            left = slice_.limit
-        cache = self._caches[slice_.upstream]
-        prompt = asked.prompt_tokens + attained
-        cached = prompt if cache is None else cache.lookup(asked.conversation or asked.id, prompt)
-        flight.engine.start(slice_.id, prompt, cached, left, now, mark_every=slice_.window, priority=slice_.priority)
+        life.sent = True
+        slice_, asked = life.slice, life.asked
+        _, engine, cache = life.upstream  # type: ignore[misc]
+        prompt = asked.prompt_tokens + life.base
+        left = life.whole - life.base
+        _, _, _, limit, window, priority = slice_  # type: ignore[misc]
+        engine.start(
+            slice_id,
+            prompt,
+            prompt if cache is None else cache.lookup(asked.conversation or asked.id, prompt),
+            left if limit is None or limit > left else limit,
+            now,
+            mark_every=window,
+            priority=priority,
+        )
         return []
 
-    def _close(self, flight: _Flight, now: float) -> list[Action]:
+    def _close(self, slice_id: int, now: float) -> list[Action]:
         """The engine hears that a call is closed. What it made until then is kept."""
-        slice_id = flight.slice.id
-        if slice_id not in self._flights or (flight.sent and not flight.engine.holds(slice_id)):
+        life = self._flights.get(slice_id)
+        if life is None:
+            return []
+        engine = life.upstream.engine  # type: ignore[union-attr]
+        if life.sent and not engine.holds(slice_id):
             return []  # it has ended; the news is told already, or on its way
-        made = flight.engine.abort(slice_id, now) if flight.sent else 0
-        if flight.slice.job.state is JobState.DONE and flight.asked.id in self._asked:
-            self._last_seen[flight.asked.id] = flight.base + made
-        return self._end(flight, SliceEnd.PREEMPTED, flight.base + made, now)
+        attained = life.base + (engine.abort(slice_id, now) if life.sent else 0)
+        if life.slice.job.state is JobState.DONE:  # type: ignore[union-attr]
+            life.last = attained
+        return self._end(life, SliceEnd.PREEMPTED, attained, now)
 
     def _finish(self, job: Job, now: float) -> None:
-        job_id = job.spec.id
-        asked = self._asked.pop(job_id)
-        tokens = self._last_seen.pop(job_id, job.attained)
-        flight = None if job.slice is None else self._flights.get(job.slice)
-        if flight is not None and flight.sent:
-            tokens = flight.base + flight.engine.tokens(flight.slice.id, now)
-        history = None if self._history is None else self._history.pop(job_id, [])
-        self._records[job_id] = Record(job, asked, tokens, history)
+        life: _Life = job.spec.payload  # type: ignore[assignment]
+        asked = life.asked
+        tokens = job.attained if life.last is None else life.last
+        if job.slice in self._flights and life.sent:
+            tokens = life.base + life.upstream.engine.tokens(job.slice, now)  # type: ignore[union-attr]
+        self._records[asked.id] = Record(job, asked, tokens, life.predictions)
         if self._predictor is not None:
             complete = job.outcome is Outcome.COMPLETED and (asked.limit is None or asked.output_tokens < asked.limit)
-            self._predictor.learn(self._view(job, asked)._replace(attained=tokens), complete=complete)
+            self._predictor.learn(self._view(job, asked, tokens), complete=complete)
 
     # ---- estimates --------------------------------------------------------------------------------------------
 
-    def _view(self, job: Job, asked: SimJob) -> View:
-        answer = ""
-        if self._text is not None and self._predictor is not None and self._predictor.reads_text:
-            answer = self._text(asked, job.attained)
+    def _view(self, job: Job, asked: SimJob, attained: int) -> View:
+        answer = "" if self._text is None else self._text(asked, attained)
         limit = job.spec.limit
-        attained = job.attained
-        return View(
-            asked.id,
-            asked.model,
-            asked.app,
-            asked.prompt,
-            answer,
-            attained,
-            None if limit is None else limit - attained,
-        )
+        left = None if limit is None else limit - attained
+        return View(asked.id, asked.model, asked.app, asked.prompt, answer, attained, left)
 
     def _estimate(self, job: Job, now: float) -> list[Action]:
         predictor = self._predictor
-        job_id = job.spec.id
-        asked = self._asked.get(job_id)
-        if asked is None:
-            return []
         if predictor is None:
-            return self._scheduler.estimated(job_id, None, now)
-        view = self._view(job, asked)
+            return self._scheduler.estimated(job.spec.id, None, now)
+        life: _Life = job.spec.payload  # type: ignore[assignment]
+        view = self._view(job, life.asked, job.attained)
         estimate = predictor.instant(view)
         if predictor.refines:
-            # A refined answer is on its way; an instant one is good until then, and nothing is worth waiting for it.
-            self._at(now + self._latency, self._refined, job_id, view)
+            # A better answer is on its way; without an instant one the scheduler hears nothing until then.
+            self._at(now + self._latency, self._refined, life, view)
             if estimate is None:
                 return []
-        return self._tell(job_id, view.attained, estimate, now)
+        if life.predictions is not None and estimate is not None:
+            life.predictions.append((view.attained, estimate.remaining))
+        return self._scheduler.estimated(view.job_id, estimate, now)
 
-    def _refined(self, job_id: str, view: View, now: float) -> list[Action]:
+    def _refined(self, life: _Life, view: View, now: float) -> list[Action]:
         assert self._predictor is not None
-        if job_id not in self._asked:
+        if view.job_id in self._records:
             return []
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
         [estimate] = self._loop.run_until_complete(self._predictor.refine([view]))
-        return self._tell(job_id, view.attained, estimate, now)
-
-    def _tell(self, job_id: str, attained: int, estimate: Estimate | None, now: float) -> list[Action]:
-        if self._history is not None and estimate is not None:
-            self._history.setdefault(job_id, []).append((attained, estimate.remaining))
-        return self._scheduler.estimated(job_id, estimate, now)
+        if life.predictions is not None and estimate is not None:
+            life.predictions.append((view.attained, estimate.remaining))
+        return self._scheduler.estimated(view.job_id, estimate, now)
