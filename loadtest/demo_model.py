@@ -30,10 +30,10 @@ TAUGHT = 1000
 """Answers the history predictor has seen before each run, drawn with other seeds."""
 
 SHOWN = {
-    "fcfs": "first come, first served",
-    "sjf": "SJF: shortest first, never interrupted",
-    "isrtf-published": "ISRTF as published: fixed windows of 50",
-    "isrtf": "ISRTF elastic: the gateway's default",
+    "fcfs": ("FCFS", "first come, first served"),
+    "sjf": ("SJF", "shortest predicted first, never interrupted"),
+    "isrtf-published": ("ISRTF published", "shortest remaining first, as published: fixed windows of 50 tokens"),
+    "isrtf": ("ISRTF elastic", "the gateway's default: interrupted only where somebody else deserves it"),
 }
 
 
@@ -63,8 +63,8 @@ def _history(apps: bool) -> Callable[[Workload, int], Predictor]:
 
 
 PERFECT = Knowledge("perfect knowledge", _perfect)
-BY_APP = Knowledge("history, told the application", _history(True))
-ONE_APP = Knowledge("history, not told", _history(False), apps=False)
+BY_APP = Knowledge("history by app", _history(True))
+ONE_APP = Knowledge("history alone", _history(False), apps=False)
 
 
 @dataclass
@@ -100,15 +100,17 @@ def show(screen: Screen) -> list[Study]:
     studies = [main, *others, *seams]
     screen.say(
         f"{REQUESTS} requests with the arrivals and lengths of Azure's conversation trace (CC BY 4.0), {SLOTS} slots,\n"
-        f"load {LOAD:g}, {SEEDS} workload seeds (0 to {SEEDS - 1}). Figures are means over the seeds, in seconds."
+        f"load {LOAD:g}, {SEEDS} workload seeds (0 to {SEEDS - 1})."
     )
+    for label, meaning in SHOWN.values():
+        screen.say(f"  {label:15s}  {meaning}")
     with screen.progress("simulating", len(studies) * len(SHOWN) * SEEDS) as step:
         for study in studies:
             for name in SHOWN:
                 for seed in range(SEEDS):
                     study.run(name, seed)
                     step()
-    screen.say("\nWith perfect knowledge of every length (the upper bound):")
+    screen.say("\nSeconds, means over the seeds, with perfect knowledge of every length (the upper bound):")
     _figures(screen, main)
     screen.say(
         "\nMean completion time over first-come's: ratio ± 95 % interval, paired by seed, and how many seeds were\n"
@@ -120,15 +122,16 @@ def show(screen: Screen) -> list[Study]:
     )
     _gains(screen, seams, [f"seam {seam:g}" for seam in SEAMS])
     screen.say(
-        "\nTokens/s are over the whole run, whose end drains half-empty; every order does the same work. Where\n"
-        "lengths are hardly known, order gains little and interrupting can lose."
+        f"\nHistory: taught with {TAUGHT} earlier answers; by app: clients name their application. Tok/s are over the\n"
+        "whole run, whose end drains half-empty; every order does the same work. Where lengths are hardly known,\n"
+        "order gains little and interrupting can lose."
     )
     return studies
 
 
 def _figures(screen: Screen, study: Study) -> None:
     rows = []
-    for name, label in SHOWN.items():
+    for name, (label, _) in SHOWN.items():
         runs = study.runs[name]
         columns = [
             mean_of([run.mean for run in runs]),
@@ -144,7 +147,7 @@ def _figures(screen: Screen, study: Study) -> None:
             mean_of([run.preemptions for run in runs]),
         ]
         rows.append([label, *map(figure, columns), *(figure(count, 0) for count in counts)])
-    heads = ["", "JCT mean", "p50", "p90", "TTFT mean", "p50", "p90", "tokens/s", "calls", "preempted"]
+    heads = ["", "JCT", "p50", "p90", "TTFT", "p50", "p90", "tok/s", "calls", "preempt"]
     screen.table(heads, rows)
 
 
@@ -154,4 +157,4 @@ def _gains(screen: Screen, studies: list[Study], labels: list[str]) -> None:
     for study, label in zip(studies, labels, strict=True):
         gains = [study.gain(name) for name in names]
         rows.append([label, *(f"{g.ratio:.2f} ± {g.half_width:.2f}  {g.better}/{g.seeds}" for g in gains)])
-    screen.table(["", *(SHOWN[name].split(":")[0] for name in names)], rows)
+    screen.table(["", *(SHOWN[name][0] for name in names)], rows)

@@ -40,7 +40,7 @@ from loadtest.stats import percentile
 from loadtest.targets import HttpTarget
 from loadtest.workload import Request, Seeds, Workload, azure, pool
 
-__all__ = ["Gateway", "bursts", "show", "taught"]
+__all__ = ["Gateway", "burst", "bursts", "measure_speed", "print_table", "show", "taught", "watch"]
 
 SLOTS = 2
 BUDGET = 90.0
@@ -280,20 +280,20 @@ async def show(screen: Screen, folder: Path) -> list[Run]:
             )
             works = bursts(n)
             runs = [await burst(gateway, session, policy, works[seed], screen) for policy, seed in ORDER]
-    _table(screen, runs)
+    print_table(screen, runs)
     return runs
 
 
-def _table(screen: Screen, runs: list[Run]) -> None:
+def print_table(screen: Screen, runs: list[Run]) -> None:
     rows = []
-    for policy, label in (("fcfs", "first come, first served"), ("isrtf", "ISRTF (the default, elastic)")):
+    for policy, label in (("fcfs", "FCFS"), ("isrtf", "ISRTF elastic")):
         ours = [run for run in runs if run.setting == policy]
         done = [row for run in ours for row in run.rows if not row.error]
         jct = [row.jct for row in done]
         ttft = [row.ttft for row in done if row.ttft is not None]
         figures = [f(values) for values in (jct, ttft) for f in (_mean, _p50, _p90)]
         rows.append([label, *map(figure, figures), str(len(done)), str(sum(row.tokens for row in done))])
-    screen.table(["seconds", "JCT mean", "p50", "p90", "TTFT mean", "p50", "p90", "requests", "tokens"], rows)
+    screen.table(["seconds", "JCT", "p50", "p90", "TTFT", "p50", "p90", "requests", "tokens"], rows)
     if differ := _unequal(runs):
         screen.say(
             f"{differ} requests got answers of different length under the two orders: read the figures with care."
