@@ -20,8 +20,9 @@ __all__ = ["DONE", "StreamShape", "error_event", "usage", "whole"]
 DONE = b"data: [DONE]\n\n"
 
 
-def _name(call: Call) -> str:
-    return f"{'chatcmpl' if call.chat else 'cmpl'}-{uuid4().hex[:16]}"
+def _name(call: Call, request_id: str | None) -> str:
+    """vLLM takes the header ``X-Request-Id`` over into the answer's id."""
+    return f"{'chatcmpl' if call.chat else 'cmpl'}-{request_id or uuid4().hex[:16]}"
 
 
 def error_event(message: str, code: int = 500) -> bytes:
@@ -37,7 +38,7 @@ def usage(prompt: int, made: int) -> dict[str, Any]:
 class StreamShape:
     """One call's chunks. Everything that repeats is joined once."""
 
-    def __init__(self, call: Call, *, cached: int | None, fingerprint: str) -> None:
+    def __init__(self, call: Call, *, request_id: str | None, cached: int | None, fingerprint: str) -> None:
         """``cached``: for ``prompt_tokens_details``; None: the engine does not report them."""
         self._chat = call.chat
         self._ids = call.token_ids
@@ -48,8 +49,8 @@ class StreamShape:
         self._made = 0
         self._fingerprint = b',"system_fingerprint":' + orjson.dumps(fingerprint)
         kind = b"chat.completion.chunk" if call.chat else b"text_completion"
-        self._head = b'data: {"id":"%s","object":"%s","created":%d,"model":%s,"choices":[' % (
-            _name(call).encode(), kind, int(time()), orjson.dumps(call.model),
+        self._head = b'data: {"id":%s,"object":"%s","created":%d,"model":%s,"choices":[' % (
+            orjson.dumps(_name(call, request_id)), kind, int(time()), orjson.dumps(call.model),
         )  # fmt: skip
         self._open = self._head + (b'{"index":0,"delta":{"content":' if call.chat else b'{"index":0,"text":')
         self._going = (
@@ -146,7 +147,7 @@ class StreamShape:
         return self._head + b'],"usage":' + orjson.dumps(data) + self._fingerprint + b"}\n\n"
 
 
-def whole(call: Call, script: Script, *, cached: int | None, fingerprint: str) -> bytes:
+def whole(call: Call, script: Script, *, request_id: str | None, cached: int | None, fingerprint: str) -> bytes:
     """The JSON of a call that is not streamed."""
     counted = usage(len(call.prompt), len(script.ids))
     details = {"cached_tokens": cached, "created_cache_tokens": 0 if call.chat else None, "multimodal_tokens": None}
@@ -165,7 +166,7 @@ def whole(call: Call, script: Script, *, cached: int | None, fingerprint: str) -
         extra = {}
     return orjson.dumps(
         {
-            "id": _name(call),
+            "id": _name(call, request_id),
             "object": "chat.completion" if call.chat else "text_completion",
             "created": int(time()),
             "model": call.model,

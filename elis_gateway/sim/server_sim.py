@@ -109,17 +109,18 @@ class Sim:
         counted = self.config.delay or self.config.prompt_tokens_details
         record.cached_tokens = cached = self.cache.lookup(call.prompt) if counted else 0
         shown = cached if self.config.prompt_tokens_details else None
+        named = record.request_id
         pacer = self.pacer
         ticket = self._start(pacer, call, script, cached, fault)
         try:
             if call.stream:
-                shape = StreamShape(call, cached=shown, fingerprint=self.config.fingerprint)
+                shape = StreamShape(call, request_id=named, cached=shown, fingerprint=self.config.fingerprint)
                 response = await send_stream(
                     request, script, ticket, shape,
                     interval=self.config.stream_interval, together=self.config.delay, fault=fault,
                 )  # fmt: skip
             else:
-                body = whole(call, script, cached=shown, fingerprint=self.config.fingerprint)
+                body = whole(call, script, request_id=named, cached=shown, fingerprint=self.config.fingerprint)
                 response = await send_whole(request, body, ticket, fault=fault)
         finally:
             record.tokens = pacer.stop(ticket)

@@ -317,6 +317,16 @@ async def test_the_request_log_says_what_was_asked(client: Client) -> None:
     assert (second["how"], second["tokens"], second["max_tokens"]) == ("stop", 4, None)
 
 
+async def test_the_request_id_is_taken_over(client: Client) -> None:
+    body = {"prompt": "x", "max_tokens": 1}
+    for path, stream, start in (
+        (COMPLETIONS, False, b'{"id":"cmpl-a\\"b"'),
+        (COMPLETIONS, True, b'data: {"id":"cmpl-a\\"b"'),
+    ):
+        _, data = await client.post(path, {**body, "stream": stream}, **{"X-Request-Id": 'a"b'})
+        assert data.startswith(start)
+
+
 async def test_cached_tokens(client: Client) -> None:
     async def cached(prompt: list[int]) -> int:
         made = await client.json(COMPLETIONS, prompt=prompt, max_tokens=40, ignore_eos=True, return_token_ids=True)
