@@ -110,12 +110,15 @@ class Gateway:
         _log.info("admin listening on http://%s:%d", admin.host, self.admin_port)
 
     async def stop(self, grace: float | None = None) -> None:
-        """Accept no more, let jobs finish for ``grace`` seconds (default: the configured), end the rest, close all."""
-        for site in self._sites:
-            await site.stop()
+        """Accept no more, let jobs finish for ``grace`` seconds (default: the configured), end the rest, close all.
+
+        Once is enough; a second call finds nothing left to stop.
+        """
+        while self._sites:
+            await self._sites.pop().stop()
         await self.dispatcher.drain(self.config.server.shutdown_grace if grace is None else grace)
-        for runner in self._runners:
-            await runner.cleanup()
+        while self._runners:
+            await self._runners.pop().cleanup()
         if self.predictor is not None:
             self.predictor.save()
         await self.fleet.close()

@@ -33,6 +33,7 @@ from elis_gateway.flight import Flight, Leg
 from elis_gateway.predictor.base import Predictor, View
 from elis_gateway.tasks import spawn
 from elis_gateway.upstream.base import Session, Upstream
+from elis_gateway.wire.continuation import Mode
 
 __all__ = ["Dispatcher", "Observer"]
 
@@ -233,7 +234,10 @@ class Dispatcher:
         self._perform(self.core.tick(self._loop.time()))
 
     def _preempt(self, action: Preempt) -> None:
-        self._calls[action.slice_id].end()
+        call = self._calls[action.slice_id]
+        # An answer that turned out to need one call, after the scheduler took it for sliceable, keeps it.
+        if call.flight.answer.mode is not Mode.WHOLE:
+            call.end()
 
     def _abort(self, action: Abort) -> None:
         self._calls[action.slice_id].end()

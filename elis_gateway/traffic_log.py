@@ -164,9 +164,12 @@ class TrafficLog:
             batch = [self._rows.get()]
             while not self._rows.empty():
                 batch.append(self._rows.get())
-            lines = b"".join(orjson.dumps(r, option=orjson.OPT_APPEND_NEWLINE) for r in batch if r is not None)
             try:
-                self._append(lines)
+                for made in batch:
+                    if made is not None:
+                        self._append(orjson.dumps(made, option=orjson.OPT_APPEND_NEWLINE))
+                if self._file is not None:
+                    self._file.flush()
             except OSError as error:
                 # Serving goes on without its record; the log says so.
                 _log.error("%s: %d rows lost: %s", self._path, len(batch), error)
@@ -175,15 +178,15 @@ class TrafficLog:
                     self._file.close()
                 return
 
-    def _append(self, lines: bytes) -> None:
-        if self._file is None or not lines:
+    def _append(self, line: bytes) -> None:
+        if self._file is None:
             return
-        if self._file.tell() and self._file.tell() + len(lines) > self._max_bytes:
+        size = self._file.tell()
+        if size and size + len(line) > self._max_bytes:
             self._file.close()
             self._rotate()
             self._file = self._path.open("ab")
-        self._file.write(lines)
-        self._file.flush()
+        self._file.write(line)
 
     def _rotate(self) -> None:
         numbered = [self._path.with_name(f"{self._path.name}.{n}") for n in range(1, self._keep + 1)]

@@ -154,9 +154,12 @@ def _long(model: str, *, priority: int) -> Call:
 
 
 async def _start(upstream: HttpUpstream, model: str, priority: int, name: str, started: list[str]) -> None:
-    async with upstream.open(_long(model, priority=priority), request_id=f"probe-{name}") as session:
-        await _first_token(session)
-        started.append(name)
+    try:
+        async with upstream.open(_long(model, priority=priority), request_id=f"probe-{name}") as session:
+            await _first_token(session)
+            started.append(name)
+    except UpstreamError:
+        started.append("refused")
 
 
 async def _first_token(session: HttpSession) -> None:

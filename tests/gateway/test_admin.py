@@ -1,0 +1,131 @@
+"""The admin listener, the metrics and their table, the traffic log."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from elis_gateway.metrics import SERIES
+from elis_gateway.tasks import spawn
+from elis_gateway.traffic_log import SCHEMA, Row, text_hash
+from tests.gateway.world import COMPLETIONS, World, paced, until, world
+
+BODY: dict[str, Any] = {"model": "sim", "prompt": "Tell me", "max_tokens": 120, "ignore_eos": True}
+TABLE = Path(__file__).parents[2] / "docs" / "metrics.md"
+
+
+async def _get(w: World, path: str) -> Any:
+    async with w.session.get(w.admin + path) as response:
+        assert response.status == 200
+        return orjson.loads(await response.read())
+
+
+async def _samples(w: World) -> dict[str, float]:
+    async with w.session.get(w.admin + "/metrics") as response:
+        text = await response.text()
+    found = {}
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            name, value = line.rsplit(" ", 1)
+            found[name] = float(value)
+    return found
+
+
+async def test_metrics_tell_what_happened() -> None:
+    async with world() as w:
+        for _ in range(3):
+            await w.check(COMPLETIONS, BODY)
+        found = await _samples(w)
+        upstream = next(iter(w.gateway.fleet.upstreams))
+        assert found['elis_jobs_total{class="default",model="sim",outcome="completed"}'] == 3
+        assert found['elis_tokens_total{model="sim"}'] == 360
+        assert found['elis_answer_tokens_sum{model="sim"}'] == 360
+        assert found['elis_jct_seconds_count{model="sim"}'] == 3
+        assert found[f'elis_slices_total{{end="finished",upstream="{upstream}"}}'] == 3
+        assert found[f'elis_slots{{upstream="{upstream}"}}'] == 4
+        assert found["elis_jobs_live"] == 0
+
+
+async def test_the_table_lists_exactly_what_is_exported() -> None:
+    rows = re.findall(r"^\| `(elis_\w+)` \| (\w+) \| ([^|]*) \| (.*) \|$", TABLE.read_text(), re.MULTILINE)
+    table = {name: (kind, tuple(re.findall(r"`(\w+)`", labels)), text) for name, kind, labels, text in rows}
+    assert table == {s.name: (s.kind, s.labels, s.help) for s in SERIES}
+    async with world() as w:
+        async with w.session.get(w.admin + "/metrics") as response:
+            exported = re.findall(r"^# TYPE (\w+) (\w+)$", await response.text(), re.MULTILINE)
+        assert sorted(exported) == sorted((s.name, s.kind) for s in SERIES)
+
+
+async def test_jobs_live_and_over() -> None:
+    async with world(paced(50), slots=1) as w:
+        asking = [spawn(w.ask(COMPLETIONS, {**BODY, "prompt": f"{n}"}), name="ask") for n in range(2)]
+        await until(lambda: any(flight.answer.started for flight in w.gateway.flights.values()))
+        jobs = await _get(w, "/admin/jobs")
+        assert jobs["live"] == 2
+        assert sorted(job["state"] for job in jobs["jobs"]) == ["ready", "running"]
+        for task in asking:
+            task.cancel()
+        await until(lambda: not w.gateway.flights)
+        over = (await _get(w, "/admin/jobs"))["finished"]
+        assert [job["outcome"] for job in over] == ["cancelled", "cancelled"]
+        assert await _get(w, f"/admin/jobs/{over[0]['job_id']}") == over[0]
+        async with w.session.get(w.admin + "/admin/jobs/nobody") as response:
+            assert response.status == 404
+
+
+async def test_the_policy_can_be_changed_while_jobs_wait() -> None:
+    async with world(paced(1500, slots=1), slots=1, predictor={"kind": "max_tokens"}) as w:
+        assert (await _get(w, "/admin/policy"))["kind"] == "isrtf"
+        asking = [spawn(w.check(COMPLETIONS, {**BODY, "prompt": f"{n}"}), name="ask") for n in range(4)]
+        await until(lambda: len(w.gateway.flights) == 4)
+        for wanted in ("fcfs", {"kind": "sjf", "order": "mean", "aging": "none"}, "las"):
+            async with w.session.put(w.admin + "/admin/policy", json=wanted) as response:
+                assert response.status == 200
+        assert (await _get(w, "/admin/policy"))["kind"] == "las"
+        for task in asking:
+            await task
+
+
+@pytest.mark.parametrize("wanted", [b"{", b"3", b'"fastest"', b'{"kind": "sjf", "odrer": "mean"}'])
+async def test_a_policy_that_makes_no_sense_changes_nothing(wanted: bytes) -> None:
+    async with world() as w:
+        async with w.session.put(w.admin + "/admin/policy", data=wanted) as response:
+            assert response.status == 400
+            assert "error" in orjson.loads(await response.read())
+        assert (await _get(w, "/admin/policy"))["kind"] == "isrtf"
+
+
+async def test_upstreams_and_reload() -> None:
+    async with world() as w:
+        found = (await _get(w, "/admin/upstreams"))["upstreams"]
+        assert [(u["in_service"], u["token_ids"], u["models"]) for u in found] == [(True, True, ["sim"])]
+        async with w.session.post(w.admin + "/admin/reload") as response:
+            assert orjson.loads(await response.read()) == {"applied": [], "needs_restart": []}
+
+
+@pytest.mark.parametrize("prompts", ["full", "hash", "none"])
+async def test_the_traffic_log_has_one_row_per_job(tmp_path: Path, prompts: str) -> None:
+    path = tmp_path / "logs" / "traffic.jsonl"
+    async with world(traffic_log={"path": str(path)}, logging={"prompts": prompts}) as w:
+        answer = await w.ask(COMPLETIONS, BODY)
+    (row,) = map(orjson.loads, path.read_bytes().splitlines())
+    assert set(row) == set(Row.__annotations__)
+    assert (row["schema"], row["outcome"], row["finish_reason"]) == (SCHEMA, "completed", "length")
+    assert (row["completion_tokens"], row["prompt_tokens"]) == (120, answer.prompt_tokens)
+    assert row["arrival"] <= row["first_token"] <= row["end"]
+    assert row["prompt"] == (BODY["prompt"] if prompts == "full" else None)
+    assert row["answer"] == (answer.text if prompts == "full" else None)
+    assert row["prompt_hash"] == (None if prompts == "none" else text_hash(BODY["prompt"]))
+
+
+async def test_the_traffic_log_rotates(tmp_path: Path) -> None:
+    path = tmp_path / "traffic.jsonl"
+    async with world(traffic_log={"path": str(path), "max_bytes": 1500, "keep": 2}) as w:
+        for _ in range(8):
+            await w.ask(COMPLETIONS, {**BODY, "max_tokens": 3})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["traffic.jsonl", "traffic.jsonl.1", "traffic.jsonl.2"]
+    assert all(p.stat().st_size <= 1500 for p in tmp_path.iterdir())

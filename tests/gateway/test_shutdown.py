@@ -1,0 +1,102 @@
+"""Stopping: no more is accepted, what runs may finish for a while, the rest is told, everything is closed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from aiohttp import ClientConnectorError, ClientSession
+
+from elis_gateway.sim.server import SimServer
+from elis_gateway.tasks import spawn
+from tests.gateway.world import COMPLETIONS, paced, payloads, read_until, until, world
+
+BODY: dict[str, Any] = {"model": "sim", "prompt": "long", "max_tokens": 300, "ignore_eos": True, "stream": True}
+
+
+async def test_what_runs_finishes_and_nothing_new_is_taken() -> None:
+    async with world(paced(1000)) as w:
+        async with w.post(COMPLETIONS, BODY) as response:
+            data = await read_until(response, 1)
+            stopping = spawn(w.gateway.stop(10.0), name="stop")
+            await until(lambda: not w.gateway.dispatcher.accepting)
+            async with ClientSession() as fresh:
+                with pytest.raises(ClientConnectorError):
+                    await fresh.post(w.url + COMPLETIONS, json=BODY)
+            data += await response.content.read()
+        assert payloads(data)[-1] == b"[DONE]"
+        await stopping
+
+
+async def test_what_does_not_finish_in_time_ends_with_an_error_event() -> None:
+    async with world(paced(20), slots=1) as w:
+        async with w.post(COMPLETIONS, BODY) as response:
+            data = await read_until(response, 1)
+            queued = spawn(_status(w.session, w.url, {**BODY, "stream": False}), name="queued")
+            await until(lambda: len(w.gateway.flights) == 2)
+            await w.gateway.stop(0.05)
+            data += await response.content.read()
+        assert orjson.loads(payloads(data)[-1])["error"]["code"] == "shutting_down"
+        assert await queued == 503
+        assert w.engine.log[-1].how == "aborted"
+
+
+async def test_a_second_signal_ends_the_grace() -> None:
+    async with world(paced(20)) as w, w.post(COMPLETIONS, BODY) as response:
+        await read_until(response, 1)
+        stopping = spawn(w.gateway.stop(60.0), name="stop")
+        await until(lambda: not w.gateway.dispatcher.accepting)
+        w.gateway.hurry()
+        await asyncio.wait_for(stopping, 5)
+        assert b"shutting_down" in await response.content.read()
+
+
+async def _status(session: ClientSession, url: str, body: dict[str, Any]) -> int:
+    async with session.post(url + COMPLETIONS, json=body) as response:
+        return response.status
+
+
+async def test_the_command_stops_on_sigterm_and_reloads_on_sighup(tmp_path: Path) -> None:
+    """The real process: starts, serves, reads its file again, drains and exits with 0."""
+    async with SimServer(paced(500)) as engine, ClientSession() as session:
+        settings: dict[str, Any] = {
+            "server": {"host": "127.0.0.1", "port": 0},
+            "admin": {"port": 0},
+            "upstreams": [{"url": engine.url, "slots": 2}],
+            "logging": {"format": "json"},
+        }
+        path = tmp_path / "gateway.yaml"
+        path.write_text(json.dumps(settings))
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "elis_gateway", "serve", str(path), stderr=asyncio.subprocess.PIPE, env={**os.environ}
+        )
+        assert process.stderr is not None
+        url = await _line(process.stderr, "listening on ")
+        path.write_text(json.dumps({**settings, "models": {"alias": "sim"}}))
+        process.send_signal(signal.SIGHUP)
+        await _line(process.stderr, "configuration read again")
+        async with session.post(url + COMPLETIONS, json={**BODY, "model": "alias"}) as response:
+            assert response.status == 200
+            data = await read_until(response, 1)
+            process.send_signal(signal.SIGTERM)
+            data += await response.content.read()
+        assert payloads(data)[-1] == b"[DONE]"
+        assert await asyncio.wait_for(process.wait(), 10) == 0
+
+
+async def _line(stream: asyncio.StreamReader, wanted: str) -> str:
+    """Read the log until a message begins so; returns its last word."""
+    async with asyncio.timeout(20):
+        while True:
+            line = await stream.readline()
+            assert line, f"the log ended before {wanted!r}"
+            message: str = orjson.loads(line)["message"]
+            if message.startswith(wanted):
+                return message.split()[-1]

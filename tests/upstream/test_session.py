@@ -1,0 +1,196 @@
+"""One suite over every upstream: HTTP to the embedded engine, and the fake that other tests use in its place."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any, NamedTuple
+
+import orjson
+import pytest
+
+from elis_gateway.config import Upstream as Settings
+from elis_gateway.errors import UpstreamError, UpstreamRefused, UpstreamUnavailable
+from elis_gateway.sim.faults import Fault
+from elis_gateway.sim.server import SimServer
+from elis_gateway.tasks import spawn
+from elis_gateway.upstream.base import Upstream
+from elis_gateway.upstream.http import HttpUpstream
+from elis_gateway.wire.continuation import Call
+from elis_gateway.wire.sse import DONE
+from tests.gateway.world import AT_ONCE, until
+from tests.upstream.fake import FakeUpstream, answer
+
+PATH = "/v1/completions"
+
+
+def call(count: int = 10, *, stream: bool = True) -> Call:
+    body = {"model": "sim", "prompt": "x", "max_tokens": count, "ignore_eos": True, "stream": stream}
+    return Call(PATH, orjson.dumps(body), stream)
+
+
+class Bench(NamedTuple):
+    upstream: Upstream
+    misbehave: Callable[[str, int], None]
+    """(kind, after): what the next call shall suffer."""
+    closed: Callable[[], bool]
+    """Has the last call's other end seen it closed?"""
+
+
+@pytest.fixture(params=["http", "fake"])
+async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
+    if request.param == "fake":
+        fake = FakeUpstream(pace=0.0)
+
+        def misbehave(kind: str, after: int) -> None:
+            ends: dict[str, Any] = {
+                "status": UpstreamRefused(500, b"{}"),
+                "reset": UpstreamUnavailable("reset", cause="reset"),
+                "stall": UpstreamUnavailable("stall", cause="stall"),
+                "hang": None,
+            }
+            fake.scripts.append([*answer(after, finish=None), ends[kind]])
+
+        yield Bench(fake, misbehave, lambda: fake.sessions[-1].closed_after is not None)
+        return
+    async with SimServer(AT_ONCE) as engine:
+        upstream = HttpUpstream(
+            Settings.model_validate(
+                {"url": engine.url, "slots": 4, "timeouts": {"first_byte": 2.0, "inter_token": 0.2}}
+            )
+        )
+        await upstream.start()
+        yield Bench(
+            upstream,
+            lambda kind, after: engine.faults.add(Fault(kind, after=after)),  # type: ignore[arg-type]
+            lambda: engine.log[-1].closed is not None,
+        )
+        await upstream.close()
+
+
+async def _tokens(upstream: Upstream, wanted: Call) -> int:
+    count = 0
+    async with upstream.open(wanted, request_id="r") as session:
+        async for payloads in session:
+            count += sum(payload != DONE for payload in payloads)
+    return count
+
+
+async def test_every_token_comes_and_the_stream_ends(bench: Bench) -> None:
+    assert await _tokens(bench.upstream, call(10)) == 10
+    assert await _tokens(bench.upstream, call(3)) == 3
+
+
+async def test_an_error_status_is_a_refusal(bench: Bench) -> None:
+    bench.misbehave("status", 0)
+    with pytest.raises(UpstreamRefused) as caught:
+        await _tokens(bench.upstream, call())
+    assert (caught.value.status, caught.value.retryable) == (500, True)
+
+
+@pytest.mark.parametrize("kind", ["reset", "stall"])
+async def test_what_breaks_off_says_why_after_what_came(bench: Bench, kind: str) -> None:
+    bench.misbehave(kind, 5)
+    with pytest.raises(UpstreamUnavailable) as caught:
+        await _tokens(bench.upstream, call(50))
+    assert caught.value.cause == kind
+    assert await _tokens(bench.upstream, call(3)) == 3
+
+
+async def test_leaving_early_closes_at_once(bench: Bench) -> None:
+    bench.misbehave("stall", 5)
+    async with bench.upstream.open(call(50), request_id="r") as session:
+        async for _ in session:
+            break
+    assert await until(bench.closed) < 0.1
+
+
+async def test_cancelled_while_nothing_comes(bench: Bench) -> None:
+    bench.misbehave("hang", 0)
+    task = spawn(_tokens(bench.upstream, call()), name="call")
+    for _ in range(20):
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await _tokens(bench.upstream, call(3)) == 3
+
+
+# --- HTTP alone ------------------------------------------------------------------------------------------------------
+
+
+async def _http(engine: SimServer, reports: list[UpstreamError], **settings: Any) -> HttpUpstream:
+    given = Settings.model_validate({"url": engine.url, "slots": 4, **settings})
+    upstream = HttpUpstream(given, report=reports.append)
+    await upstream.start()
+    return upstream
+
+
+async def test_a_connection_is_used_again_after_a_finished_call() -> None:
+    async with SimServer(AT_ONCE) as engine:
+        upstream = await _http(engine, [])
+        for stream in (True, False, True, False):
+            async with upstream.open(call(5, stream=stream), request_id="r") as session:
+                if stream:
+                    async for _ in session:
+                        pass
+                else:
+                    await session.whole()
+        connections = upstream.client.connector._conns  # type: ignore[union-attr]
+        assert [len(pool) for pool in connections.values()] == [1]
+        await upstream.close()
+
+
+async def test_a_pooled_connection_that_died_is_no_failure_of_the_upstream() -> None:
+    async with SimServer(AT_ONCE) as engine:
+        reports: list[UpstreamError] = []
+        upstream = await _http(engine, reports)
+        await _tokens(upstream, call())
+        await engine.restart()
+        assert await _tokens(upstream, call(4)) == 4
+        assert reports == []
+        await engine.kill()
+        with pytest.raises(UpstreamUnavailable) as caught:
+            await _tokens(upstream, call())
+        assert caught.value.cause == "connect"
+        assert reports == [caught.value]
+        await upstream.close()
+
+
+@pytest.mark.parametrize(("kind", "cause"), [("close", "reset"), ("reset", "reset")])
+async def test_foreign_exceptions_become_ours(kind: Any, cause: str) -> None:
+    async with SimServer(AT_ONCE) as engine:
+        upstream = await _http(engine, [])
+        engine.faults.add(Fault(kind, after=3))
+        with pytest.raises(UpstreamUnavailable) as caught:
+            await _tokens(upstream, call(40))
+        assert caught.value.cause == cause
+        await upstream.close()
+
+
+async def test_a_slow_drip_is_one_stream() -> None:
+    async with SimServer(AT_ONCE) as engine:
+        upstream = await _http(engine, [])
+        engine.faults.add(Fault("drip", seconds=0.0))
+        assert await _tokens(upstream, call(5)) == 5
+        await upstream.close()
+
+
+async def test_keys_and_tls_files_that_are_not_there_are_named() -> None:
+    from elis_gateway.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="NOT_SET_ANYWHERE"):
+        HttpUpstream(Settings.model_validate({"url": "http://x", "slots": 1, "api_key_env": "NOT_SET_ANYWHERE"}))
+    upstream = HttpUpstream(Settings.model_validate({"url": "https://x", "slots": 1, "tls": {"ca": "/nowhere.pem"}}))
+    with pytest.raises(ConfigError, match="tls"):
+        await upstream.start()
+
+
+async def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    monkeypatch.setenv("ENGINE_KEY", "secret")
+    async with SimServer(replace(AT_ONCE, api_key="secret")) as engine:
+        upstream = await _http(engine, [], api_key_env="ENGINE_KEY")
+        assert await _tokens(upstream, call(4)) == 4
+        await upstream.close()
