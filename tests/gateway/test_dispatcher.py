@@ -1,0 +1,352 @@
+"""The driver on a clock that jumps: deadlines, late estimates, preemption and races, without a socket or a wait."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from functools import wraps
+from typing import Any
+
+import orjson
+import pytest
+
+from elis_gateway.core.job import Estimate, JobSpec, Outcome
+from elis_gateway.core.placement import UpstreamInfo
+from elis_gateway.core.policy import ISRTF, Policy
+from elis_gateway.core.scheduler import Scheduler, SchedulerConfig
+from elis_gateway.dispatcher import Dispatcher
+from elis_gateway.errors import Overloaded, ShuttingDown, UpstreamRefused, UpstreamUnavailable
+from elis_gateway.flight import Flight, Leg
+from elis_gateway.predictor.base import View
+from elis_gateway.predictor.baselines import MaxTokens
+from elis_gateway.tasks import spawn
+from elis_gateway.wire.continuation import Answer, Mode
+from elis_gateway.wire.openai import Route, parse
+from tests.upstream.autojump import run
+from tests.upstream.fake import FakeUpstream, answer
+
+
+def jumping(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run the test on a loop whose time jumps."""
+
+    @wraps(test)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        run(test(*args, **kwargs))
+
+    return wrapper
+
+
+class Log:
+    """An observer that remembers."""
+
+    def __init__(self) -> None:
+        self.finished_jobs: list[Flight] = []
+        self.legs: list[Leg] = []
+        self.estimates = 0
+
+    def submitted(self, flight: Flight) -> None: ...
+
+    def estimated(self, flight: Flight, seconds: float) -> None:
+        self.estimates += 1
+
+    def slice_ended(self, flight: Flight, leg: Leg) -> None:
+        self.legs.append(leg)
+
+    def finished(self, flight: Flight) -> None:
+        self.finished_jobs.append(flight)
+
+
+class Desk:
+    """A dispatcher with fakes around it."""
+
+    def __init__(
+        self,
+        *upstreams: FakeUpstream,
+        slots: int = 1,
+        policy: Policy | None = None,
+        predictor: Any = None,
+        **config: Any,
+    ) -> None:
+        self.log = Log()
+        self.upstreams = {u.id: u for u in upstreams or (FakeUpstream(),)}
+        self.upstream = next(iter(self.upstreams.values()))
+        core = Scheduler(SchedulerConfig(**{"seam_cost": 1.0, **config}), policy or ISRTF())
+        self.dispatcher = Dispatcher(core, predictor or MaxTokens(), self.upstreams, observers=[self.log])
+        self.core = core
+        for name in self.upstreams:
+            self.dispatcher.upstream_changed(UpstreamInfo(name, frozenset({"m"}), slots))
+        self._count = 0
+
+    def submit(self, tokens: int = 100, *, mode: Mode = Mode.IDS, stream: bool = True, **spec: Any) -> Flight:
+        body = {"model": "m", "prompt": "x", "max_tokens": tokens, "stream": stream}
+        request = parse(Route.COMPLETIONS, orjson.dumps(body))
+        self._count += 1
+        made = JobSpec(f"j{self._count}", "m", limit=tokens, sliceable=mode is not Mode.WHOLE, **spec)
+        flight = Flight(made, request, Answer(request, mode))
+        self.dispatcher.submit(flight)
+        return flight
+
+    def ends(self) -> list[str]:
+        return [leg.end for leg in self.log.legs]
+
+
+async def text(flight: Flight) -> str:
+    """Read a stream to its end: the text its client gets."""
+    data = b""
+    while piece := await flight.channel.get():
+        data += piece
+    found = [orjson.loads(line[6:]) for line in data.split(b"\n\n") if line.startswith(b"data: {")]
+    return "".join(chunk["choices"][0]["text"] for chunk in found if chunk["choices"])
+
+
+def words(count: int) -> str:
+    return "".join(f" w{n}" for n in range(count))
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+@jumping
+async def test_a_stream_from_start_to_end() -> None:
+    desk = Desk()
+    flight = desk.submit(100)
+    assert await text(flight) == words(100)
+    assert flight.job is not None
+    assert flight.job.outcome is Outcome.COMPLETED
+    assert desk.ends() == ["finished"]
+    assert desk.log.finished_jobs == [flight]
+    assert not desk.core.jobs
+
+
+@jumping
+async def test_fixed_windows_are_calls_of_one_window_each() -> None:
+    desk = Desk(mode="fixed", window=30)
+    assert await text(desk.submit(100)) == words(100)
+    assert [leg.tokens for leg in desk.log.legs] == [30, 30, 30, 10]
+
+
+@jumping
+async def test_a_short_job_interrupts_a_long_one_and_no_token_is_lost() -> None:
+    desk = Desk()
+    long = desk.submit(1000)
+    reading = spawn(text(long), name="long")
+    await asyncio.sleep(1.005)
+    start = now()
+    short = desk.submit(10)
+    assert await text(short) == words(10)
+    assert now() - start < 0.2
+    assert await reading == words(1000)
+    assert desk.ends() == ["preempted", "finished", "finished"]
+    assert sum(leg.tokens for leg in desk.log.legs) == 1010
+    assert desk.upstream.sessions[0].closed_after is not None
+
+
+@jumping
+async def test_a_job_that_needs_one_call_is_not_interrupted() -> None:
+    desk = Desk()
+    long = desk.submit(500, mode=Mode.WHOLE)
+    reading = spawn(text(long), name="long")
+    await asyncio.sleep(1.0)
+    desk.submit(10)
+    assert await reading == words(500)
+    assert desk.ends()[0] == "finished"
+
+
+@jumping
+async def test_cancelled_in_every_state() -> None:
+    desk = Desk()
+    running, queued, fresh = desk.submit(100), desk.submit(100), desk.submit(100)
+    # Its slice's task has not even begun.
+    desk.dispatcher.cancel(running)
+    await asyncio.sleep(0.5)
+    desk.dispatcher.cancel(fresh)
+    desk.dispatcher.cancel(queued)
+    desk.dispatcher.cancel(queued)
+    await asyncio.sleep(0.01)
+    assert not desk.core.jobs
+    assert not desk.dispatcher.flights
+    assert not desk.dispatcher._calls
+    outcomes = {flight.job.outcome for flight in desk.log.finished_jobs if flight.job is not None}
+    assert outcomes == {Outcome.CANCELLED}
+    assert await text(desk.submit(10)) == words(10)
+
+
+@jumping
+async def test_an_interrupted_answer_goes_on_where_it_stopped() -> None:
+    desk = Desk(retries=3)
+    broken = UpstreamUnavailable("gone", cause="reset")
+    desk.upstream.scripts = [[*answer(20, finish=None), broken], [broken], [*answer(5, start=20, finish=None), broken]]
+    assert await text(desk.submit(60)) == words(60)
+    assert [(leg.end, leg.tokens) for leg in desk.log.legs] == [
+        ("interrupted", 20), ("interrupted", 0), ("interrupted", 5), ("finished", 35),
+    ]  # fmt: skip
+
+
+@jumping
+async def test_a_job_without_progress_fails_with_the_last_reason() -> None:
+    desk = Desk(retries=2)
+    desk.upstream.scripts = [[UpstreamRefused(500, b'{"error":"x"}')] for _ in range(3)]
+    flight = desk.submit(60)
+    with pytest.raises(UpstreamRefused, match="500"):
+        await text(flight)
+    assert flight.job is not None
+    assert (flight.job.outcome, flight.job.cause) == (Outcome.FAILED, "status_500")
+
+
+@jumping
+async def test_a_refusal_that_is_the_client_s_own_is_not_repeated() -> None:
+    desk = Desk()
+    desk.upstream.scripts = [[UpstreamRefused(404, b"{}")]]
+    with pytest.raises(UpstreamRefused, match="404"):
+        await text(desk.submit(60))
+    assert desk.ends() == ["failed"]
+
+
+@jumping
+async def test_a_refused_window_is_repeated_as_the_client_s_own_request() -> None:
+    desk = Desk(mode="fixed")
+    desk.upstream.scripts = [[UpstreamRefused(400, b"{}")], answer(60)]
+    assert await text(desk.submit(60)) == words(60)
+    bodies = [orjson.loads(session.call.body) for session in desk.upstream.sessions]
+    assert [body["max_tokens"] for body in bodies] == [50, 60]
+    assert "return_token_ids" not in bodies[1]
+
+
+@jumping
+async def test_waiting_too_long_for_the_first_slot_expires() -> None:
+    desk = Desk(queue_ttl=5.0, policy=ISRTF())
+    desk.submit(5000)
+    start = now()
+    waiting = desk.submit(5000)
+    with pytest.raises(Overloaded) as caught:
+        await text(waiting)
+    assert caught.value.cause == "queue_ttl"
+    assert now() - start == pytest.approx(5.0)
+
+
+@jumping
+async def test_a_deadline_ends_a_running_job() -> None:
+    desk = Desk()
+    flight = desk.submit(5000, deadline=now() + 2.0)
+    with pytest.raises(Overloaded) as caught:
+        await text(flight)
+    assert caught.value.cause == "deadline"
+    await asyncio.sleep(0.01)
+    assert desk.core.running("fake") == 0
+
+
+@jumping
+async def test_without_an_upstream_jobs_wait_as_long_as_they_may() -> None:
+    desk = Desk(unavailable_timeout=3.0)
+    desk.dispatcher.upstream_changed(UpstreamInfo("fake", frozenset({"m"}), 0))
+    start = now()
+    with pytest.raises(Overloaded) as caught:
+        await text(desk.submit(10))
+    assert (caught.value.cause, now() - start) == ("unavailable", pytest.approx(3.0))
+    patient = desk.submit(10)
+    await asyncio.sleep(1.0)
+    desk.dispatcher.upstream_changed(UpstreamInfo("fake", frozenset({"m"}), 1))
+    assert await text(patient) == words(10)
+
+
+@jumping
+async def test_a_full_queue_says_when_to_come_again() -> None:
+    desk = Desk(queue_limit=1)
+    desk.submit(100)
+    desk.submit(100)
+    with pytest.raises(Overloaded) as caught:
+        await text(desk.submit(100))
+    assert caught.value.cause == "queue_full"
+    assert caught.value.retry_after >= 1.0
+
+
+@jumping
+async def test_shutdown_waits_and_then_ends_what_is_left() -> None:
+    desk = Desk(slots=2)
+    short, long = desk.submit(100), desk.submit(5000)
+    reading = spawn(text(short), name="short")
+    start = now()
+    await desk.dispatcher.drain(5.0)
+    assert now() - start == pytest.approx(5.0, abs=0.1)
+    assert await reading == words(100)
+    with pytest.raises(ShuttingDown):
+        await text(long)
+    with pytest.raises(ShuttingDown):
+        desk.submit(10)
+    assert not desk.dispatcher._calls
+
+
+class Slow:
+    """A predictor that thinks for ``seconds``."""
+
+    reads_text = True
+    refines = True
+
+    def __init__(self, seconds: float, remaining: float = 40.0, error: Exception | None = None) -> None:
+        self.seconds = seconds
+        self.remaining = remaining
+        self.error = error
+        self.views: list[View] = []
+        self.learned: list[tuple[int, bool]] = []
+
+    def instant(self, view: View) -> Estimate | None:
+        return None
+
+    async def refine(self, views: Sequence[View]) -> list[Estimate | None]:
+        self.views += views
+        await asyncio.sleep(self.seconds)
+        if self.error is not None:
+            raise self.error
+        return [Estimate(self.remaining) for _ in views]
+
+    def learn(self, view: View, *, complete: bool) -> None:
+        self.learned.append((view.attained, complete))
+
+    def save(self) -> None: ...
+
+
+@jumping
+async def test_a_late_estimate_is_done_without() -> None:
+    predictor = Slow(10.0)
+    desk = Desk(predictor=predictor)
+    start = now()
+    flight = desk.submit(20)
+    await flight.channel.get()
+    assert now() - start == pytest.approx(0.5, abs=0.05)
+    assert flight.estimates == []
+
+
+@jumping
+async def test_an_estimate_made_meanwhile_is_counted_down() -> None:
+    predictor = Slow(0.12, remaining=200.0)
+    desk = Desk(FakeUpstream(pace=0.001), predictor=predictor)
+    flight = desk.submit(220)
+    assert await text(flight) == words(220)
+    # Asked at 50 tokens, answered two windows later.
+    assert flight.estimates == [(0, 200.0), (150, 100.0)]
+    assert [view.attained for view in predictor.views] == [0, 50, 200]
+    assert predictor.views[1].answer == words(50)
+    assert predictor.learned == [(220, False)]
+
+
+@jumping
+async def test_a_predictor_that_fails_holds_nobody_up() -> None:
+    desk = Desk(predictor=Slow(0.01, error=RuntimeError("no model")))
+    assert await text(desk.submit(20)) == words(20)
+
+
+@jumping
+async def test_learning_tells_a_natural_end_from_a_cut() -> None:
+    predictor = Slow(0.0)
+    desk = Desk(predictor=predictor)
+    desk.upstream.scripts = [answer(7, finish="stop")]
+    assert await text(desk.submit(50)) == words(7)
+    cut = desk.submit(500)
+    await asyncio.sleep(1.0)
+    desk.dispatcher.cancel(cut)
+    await asyncio.sleep(0.01)
+    (stopped, complete), (attained, censored) = predictor.learned
+    assert (stopped, complete) == (7, True)
+    assert 0 < attained < 500
+    assert not censored
