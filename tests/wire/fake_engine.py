@@ -77,6 +77,16 @@ class Detokenizer:
         return new
 
 
+def first_stop(text: str, new: int, stops: list[str]) -> tuple[int, str] | None:
+    """vLLM's choice: the match that ends first among those that end in the new text; ties by the list's order."""
+    found = []
+    for stop in stops:
+        at = text.find(stop, max(0, len(text) - new - len(stop) + 1)) if new else -1
+        if at >= 0:
+            found.append((at + len(stop), stop))
+    return min(found, key=lambda match: match[0], default=None)
+
+
 @dataclass
 class FakeEngine:
     """``merge``: tokens per delta, cycled. ``context``: as ``max_model_len``. ``eos``: one token in so many ends."""
@@ -132,15 +142,8 @@ class FakeEngine:
             if finish != "stop" or include:
                 new = detokenizer.step(token)
                 text += new
-                best = min(
-                    (
-                        (text.find(s, max(0, len(text) - len(new) - len(s) + 1)) + len(s), s)
-                        for s in stops
-                        if s in text[max(0, len(text) - len(new) - len(s) + 1) :]
-                    ),
-                    default=None,
-                )
-                if new and best is not None:
+                best = first_stop(text, len(new), stops)
+                if best is not None:
                     end, reason = best
                     text = text[: end if include else end - len(reason)]
                     finish = "stop"
