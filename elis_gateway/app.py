@@ -65,6 +65,7 @@ class Gateway:
                 "elis_slots": lambda: [((n,), u.info.slots) for n, u in self.core.upstreams.items()],
                 "elis_seconds_per_token": self._paces,
                 "elis_seam_tokens": lambda: [((), self.core.seam_tokens)],
+                "elis_order_jct_seconds": self._orders,
             }
         )
         self._traffic_log = self._make_traffic_log()
@@ -188,6 +189,15 @@ class Gateway:
 
     def _paces(self) -> Iterable[tuple[tuple[str, ...], float]]:
         return [((model,), pool.seconds_per_token) for model, pool in self.core.pools.items() if pool.upstreams]
+
+    def _orders(self) -> Iterable[tuple[tuple[str, ...], float]]:
+        for model, pool in self.core.pools.items():
+            shadow = pool.shadow
+            if shadow.settled:
+                yield (model, "first_come", "mean"), shadow.shadow_mean
+                yield (model, "first_come", "p99"), shadow.p99.value
+                yield (model, "actual", "mean"), shadow.real_mean
+                yield (model, "actual", "p99"), shadow.real_p99.value
 
     # --- the admin listener's desk -------------------------------------------------------------------------------
 

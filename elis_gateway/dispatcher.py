@@ -244,9 +244,8 @@ class Dispatcher:
 
     def _finish(self, action: Finish) -> None:
         job = action.job
-        flight = _flight(job)
+        flight = self.flights.pop(job.spec.id)
         flight.job = job
-        self.flights.pop(job.id, None)
         try:
             if job.outcome is Outcome.COMPLETED:
                 self._service += 0.05 * ((job.finished or 0.0) - (job.first_run or job.arrival) - self._service)
@@ -307,13 +306,13 @@ class Dispatcher:
 
     def _ask(self, action: AskEstimate) -> None:
         job = action.job
-        flight = _flight(job)
-        flight.job = job
         now = self._loop.time()
         predictor = self.predictor
-        if predictor is None:
+        flight = self.flights.get(job.spec.id)
+        if predictor is None or flight is None:
             self._perform(self.core.estimated(job.id, None, now))
             return
+        flight.job = job
         view = self._view(flight, job, predictor)
         estimate = predictor.instant(view)
         if predictor.refines:
@@ -358,7 +357,7 @@ class Dispatcher:
 
     def _run(self, action: Run) -> None:
         slice_ = action.slice
-        flight = _flight(slice_.job)
+        flight = self.flights[slice_.job.spec.id]
         flight.job = slice_.job
         call = _Call(slice_, flight, self._loop.time())
         self._calls[slice_.id] = call
@@ -474,12 +473,6 @@ _EXPIRED = {
     "deadline": "the request's deadline has passed",
     "unavailable": "no upstream of this model is healthy",
 }
-
-
-def _flight(job: Job) -> Flight:
-    flight = job.spec.payload
-    assert isinstance(flight, Flight)
-    return flight
 
 
 def _was_told(call: _Call) -> bool:

@@ -37,7 +37,7 @@ class Flight:
     """A request on its way. ``job`` is set when the scheduler has taken it."""
 
     __slots__ = (
-        "answer", "channel", "class_name", "conversation", "describe", "error", "estimates", "first_estimate", "job",
+        "answer", "channel", "class_name", "describe", "error", "estimates", "first_estimate", "job",
         "legs", "refining", "request", "spec",
     )  # fmt: skip
 
@@ -49,17 +49,14 @@ class Flight:
         *,
         class_name: str = "",
         describe: Callable[[Flight], str] | None = None,
-        conversation: str | None = None,
     ) -> None:
-        self.spec = spec._replace(payload=self)
+        self.spec = spec
         self.request = request
         self.answer = answer
         self.channel = Channel()
         self.class_name = class_name
         self.describe = describe
         """Makes the final comment of a stream whose client asked how it was scheduled."""
-        self.conversation = conversation
-        """Name of the conversation this turn belongs to, for the replica that has its prefix cached."""
         self.job: Job | None = None
         self.error: GatewayError | None = None
         """The last thing that went wrong; what the client is told if the job fails."""

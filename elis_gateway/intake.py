@@ -89,7 +89,7 @@ class Intake:
             rank=rank,
             deadline=self._deadline(headers.get("X-Elis-Deadline")),
             sliceable=mode is not Mode.WHOLE,
-            conversation=conversation or job_id,
+            conversation=conversation or (job_id if request.chat else None),
         )
         describe = self._describe if headers.get("X-Elis-Debug") == "1" else None
         return Flight(spec, request, answer, class_name=class_name, describe=describe)

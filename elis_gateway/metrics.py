@@ -70,6 +70,12 @@ SERIES = (
     Series("elis_slots", "gauge", ("upstream",), "Sequences the upstream runs at once; 0 while it is out of service."),
     Series("elis_seconds_per_token", "gauge", ("model",), "Measured pace of one running job."),
     Series("elis_seam_tokens", "gauge", (), "What interrupting and resuming costs, in decoded tokens."),
+    Series(
+        "elis_order_jct_seconds",
+        "gauge",
+        ("model", "order", "stat"),
+        "Completion time of the same jobs as served (`actual`) and as plain first-come would have served them.",
+    ),
     Series("elis_info", "gauge", ("version",), "Always 1."),
 )
 

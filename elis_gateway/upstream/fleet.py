@@ -74,7 +74,7 @@ class _Member:
         was_up = self.health.up
         try:
             await self.upstream.get(self.settings.health.path)
-            if not (was_up and self._capable):
+            if not self._capable:
                 # New, or back after an absence in which it may have become another: ask before it gets work.
                 self.upstream.capabilities = await probe(self.upstream, orders=self.overcommit > 0)
                 self._capable = True

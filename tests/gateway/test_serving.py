@@ -173,3 +173,20 @@ async def test_applications_are_told_apart() -> None:
         assert seen[0] == seen[1]
         assert len(set(seen)) == 5
         assert seen[-1] == "mine"
+
+
+async def test_the_next_turn_goes_where_the_conversation_is_warm() -> None:
+    """Both upstreams idle, the second turn still goes to the one that served the first."""
+    first = {"model": "sim", "messages": [{"role": "user", "content": "one"}], "max_tokens": 20}
+    async with world(paced(2000), paced(2000)) as w:
+        async with w.post(COMPLETIONS, {"model": "sim", "prompt": "busy", "max_tokens": 1500, "stream": True}) as busy:
+            await read_until(busy, 1)
+            answer = await w.ask(CHAT, first)
+            busy.close()
+        await until(lambda: not w.gateway.flights)
+        home = next(e for e in w.engines if any(r.path == CHAT for r in e.log))
+        turns = [*first["messages"], {"role": "assistant", "content": answer.text}, {"role": "user", "content": "two"}]
+        for _ in range(3):
+            home.log.clear()
+            await w.check(CHAT, {**first, "messages": turns})
+            assert len(home.log) == 1

@@ -1,0 +1,133 @@
+"""Whatever else is under /v1 goes through unchanged, in both directions, to an upstream that serves the model."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import orjson
+from aiohttp import ClientSession, web
+from multidict import CIMultiDict
+
+from elis_gateway.app import Gateway
+from elis_gateway.config import from_mapping
+
+
+class Engine:
+    """Lists one model, and shows what it was sent under /v1/echo."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.headers: CIMultiDict[str] = CIMultiDict()
+        self.path = ""
+        self.bodies: list[bytes] = []
+        self._runner: web.AppRunner | None = None
+
+    async def start(self) -> str:
+        app = web.Application()
+        app.router.add_get("/health", self._ok)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_route("*", "/v1/{rest:.*}", self._echo)
+        self._runner = web.AppRunner(app, auto_decompress=False)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        return f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+
+    async def stop(self) -> None:
+        assert self._runner is not None
+        await self._runner.cleanup()
+
+    async def _ok(self, request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": self.model}]})
+
+    async def _echo(self, request: web.Request) -> web.StreamResponse:
+        self.headers = request.headers.copy()
+        self.path = request.path_qs
+        self.bodies.append(b"")
+        response = web.StreamResponse(status=201, headers={"X-Engine": self.model, "Keep-Alive": "5"})
+        await response.prepare(request)
+        async for piece in request.content.iter_any():
+            self.bodies[-1] += piece
+            await response.write(piece)
+        return response
+
+
+@asynccontextmanager
+async def behind(*models: str, **sections: Any) -> AsyncIterator[tuple[str, list[Engine], ClientSession]]:
+    engines = [Engine(model) for model in models]
+    urls = [await engine.start() for engine in engines]
+    settings = {
+        "server": {"host": "127.0.0.1", "port": 0},
+        "admin": {"port": 0},
+        "upstreams": [{"url": url, "slots": 1, "health": {"interval": 0.1}} for url in urls],
+        **sections,
+    }
+    gateway = Gateway(from_mapping(settings))
+    await gateway.start()
+    async with ClientSession() as session:
+        yield f"http://127.0.0.1:{gateway.port}", engines, session
+    await gateway.stop(0.0)
+    for engine in engines:
+        await engine.stop()
+
+
+async def test_method_path_query_status_and_body_are_untouched() -> None:
+    async with behind("a") as (url, (engine,), session):
+        async with session.put(url + "/v1/files/x%2Fy?limit=3&a=%20", data=b"\x00raw") as response:
+            assert response.status == 201
+            assert response.headers["X-Engine"] == "a"
+            assert "Keep-Alive" not in response.headers
+            assert await response.read() == b"\x00raw"
+        assert engine.path == "/v1/files/x%2Fy?limit=3&a=%20"
+
+
+async def test_headers_of_one_hop_and_of_scheduling_do_not_pass() -> None:
+    sent = {
+        "X-Vllm-Priority": "-5", "X-data-parallel-rank": "0", "X-Elis-Class": "default",
+        "Authorization": "Bearer client", "Connection": "X-Mine", "X-Mine": "1", "X-Other": "2",
+        "Accept-Encoding": "gzip",
+    }  # fmt: skip
+    async with behind("a") as (url, (engine,), session):
+        async with session.post(url + "/v1/embeddings", data=b"{}", headers=sent) as response:
+            await response.read()
+        names = {name.lower() for name in engine.headers}
+        assert names.isdisjoint({"x-vllm-priority", "x-data-parallel-rank", "x-elis-class", "authorization", "x-mine"})
+        assert engine.headers["X-Other"] == "2"
+        assert engine.headers["Accept-Encoding"] == "gzip"
+
+
+async def test_the_model_decides_where_and_aliases_are_translated() -> None:
+    async with behind("a", "b", models={"nick": "b"}) as (url, (_, engine_b), session):
+        for model in ("b", "nick"):
+            async with session.post(url + "/v1/embeddings", json={"model": model, "input": "x"}) as response:
+                assert response.headers["X-Engine"] == "b"
+            assert orjson.loads(engine_b.bodies[-1]) == {"model": "b", "input": "x"}
+        async with session.post(url + "/v1/embeddings", json={"model": "c"}) as response:
+            assert response.status == 404
+
+
+async def test_bodies_stream_both_ways() -> None:
+    async with behind("a") as (url, (engine,), session):
+
+        async def upload() -> AsyncIterator[bytes]:
+            for n in range(100):
+                yield b"%d," % n * 1000
+
+        async with session.post(url + "/v1/audio", data=upload(), headers={"Content-Type": "audio/wav"}) as response:
+            got = await response.read()
+        assert got == engine.bodies[-1] == b"".join([b"%d," % n * 1000 for n in range(100)])
+
+
+async def test_with_no_upstream_left_the_answer_is_503() -> None:
+    async with behind("a") as (url, (engine,), session):
+        await engine.stop()
+        async with session.get(url + "/v1/thing") as response:
+            assert response.status == 502
+        async with session.get(url + "/v1/thing") as response:
+            assert response.status == 503
+            assert response.headers["Retry-After"]
+        await engine.start()
