@@ -403,7 +403,8 @@ class _Simulation:
         attained = life.base + (engine.abort(slice_id, now) if life.sent else 0)
         if life.slice.job.state is JobState.DONE:  # type: ignore[union-attr]
             life.last = attained
-        return self._end(life, SliceEnd.PREEMPTED, attained, now)
+        # Closed in the very instant of its last token: nothing is left to continue.
+        return self._end(life, SliceEnd.FINISHED if attained >= life.whole else SliceEnd.PREEMPTED, attained, now)
 
     def _finish(self, job: Job, now: float) -> None:
         life: _Life = job.spec.payload  # type: ignore[assignment]
