@@ -1,8 +1,8 @@
 """The demo's first part: a small real model on llama.cpp behind the real gateway, both as child processes.
 
 One answer, watched as it streams: how long it queued, its windows, and how the estimate changed. Then short bursts of
-real chat requests, first come first served against ISRTF, switched while serving by ``PUT /admin/policy``. Bursts are
-interleaved (A B B A), every burst is followed to its end, and token counts should agree between the orders.
+real chat requests under first come first served, SJF and ISRTF, switched while serving by ``PUT /admin/policy``.
+Bursts are interleaved (A B C C B A), each is followed to its end, and token counts should agree between the orders.
 
 The predictor is ``history``, taught with the recorded answers of other prompts of the shipped pool.
 """
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -38,17 +39,21 @@ from loadtest.live import Screen, figure
 from loadtest.records import Row, Run
 from loadtest.stats import percentile
 from loadtest.targets import HttpTarget
-from loadtest.workload import Request, Seeds, Workload, azure, pool
+from loadtest.workload import Answered, Request, Workload, pool
 
 __all__ = ["Gateway", "burst", "bursts", "measure_speed", "print_table", "show", "taught", "watch"]
 
 SLOTS = 2
-BUDGET = 90.0
+BUDGET = 120.0
 """Seconds of engine time that all bursts together may take."""
 LONGEST = 250
-"""Longest recorded answer of the bursts, in tokens: the model runs on one core."""
-ORDER = (("fcfs", 0), ("isrtf", 0), ("isrtf", 1), ("fcfs", 1))
-"""Policy and workload seed of each burst."""
+"""``max_tokens`` of the bursts: the model runs on one core."""
+QUICK = ("word", "yesno", "sentence", "translate", "two")
+LONG = ("explain", "essay", "story", "plan", "tips", "travel")
+"""Kinds of the pool: a mix of applications with habits of their own."""
+ORDER = (("fcfs", 0), ("sjf", 0), ("isrtf", 0), ("isrtf", 1), ("sjf", 1), ("fcfs", 1))
+"""Policy and workload seed of each burst: interleaved, so that a machine that gets slower favours nobody."""
+LABELS = {"fcfs": "FCFS", "sjf": "SJF", "isrtf": "ISRTF elastic"}
 WATCHED = "Explain how a bicycle stays upright, for a curious child."
 GREEDY = {"temperature": 0, "seed": 0}
 CONFIG = Path(__file__).parent.parent / "config" / "demo.yaml"
@@ -217,15 +222,29 @@ def _check(reply: aiohttp.ClientResponse, text: str) -> None:
 
 
 def bursts(n: int, seeds: int = 2) -> list[Workload]:
-    """``n`` requests each, all arriving within two seconds: more than the engine can take, so that order matters."""
+    """``n`` requests each, ten a second and so more than the engine can take: quick questions and longer pieces by
+    turns. Kinds and prompts of the shipped pool, drawn by seed."""
+    by_kind: dict[str, list[Answered]] = {}
+    for answered in pool():
+        by_kind.setdefault(answered.kind, []).append(answered)
     made = []
     for seed in range(seeds):
-        drawn = azure(n, load=1.0, capacity=1.0, seeds=Seeds.all(seed), longest=LONGEST)
-        last = drawn.requests[-1].at
-        # Greedy answers run differently from the recorded ones; the limit keeps endless ones within the budget.
-        requests = [replace(r, at=round(2 * r.at / last, 3), max_tokens=LONGEST) for r in drawn.requests]
-        made.append(Workload(tuple(requests), drawn.about))
+        draw = random.Random(f"burst {seed}")
+        kinds: list[tuple[str, ...]] = []
+        while len(kinds) < n:
+            kinds += draw.sample((QUICK, QUICK, LONG, LONG), 4)
+        chosen = [draw.choice(by_kind[draw.choice(kind)]) for kind in kinds[:n]]
+        made.append(Workload(tuple(_request(i, 0.1 * i, asked) for i, asked in enumerate(chosen))))
     return made
+
+
+def _first(work: Workload, n: int) -> Workload:
+    return Workload(work.requests[:n])
+
+
+def _request(i: int, at: float, asked: Answered) -> Request:
+    tokens = min(asked.tokens, LONGEST)
+    return Request(f"r{i:03d}", round(at, 3), asked.prompt, asked.prompt_tokens, "", tokens, asked.kind, LONGEST)
 
 
 async def measure_speed(gateway: Gateway, session: aiohttp.ClientSession) -> float:
@@ -235,7 +254,7 @@ async def measure_speed(gateway: Gateway, session: aiohttp.ClientSession) -> flo
         body = {
             "model": gateway.model,
             "messages": [{"role": "user", "content": f"Count from {i} to one hundred, in words."}],
-            "max_tokens": 60,
+            "max_tokens": 100,
             **GREEDY,
         }
         async with session.post(f"{gateway.engine}/v1/chat/completions", json=body) as reply:
@@ -252,7 +271,7 @@ async def burst(gateway: Gateway, session: aiohttp.ClientSession, policy: str, w
     async with session.put(f"{gateway.admin}/admin/policy", json={"kind": policy}) as reply:
         _check(reply, await reply.text())
     start = time.perf_counter()
-    target = HttpTarget(gateway.url, gateway.model, session, start=start, body=GREEDY)
+    target = HttpTarget(gateway.url, gateway.model, session, start=start, body=GREEDY, debug=True)
     with screen.progress(f"{policy:6s}", len(work.requests)) as step:
 
         def ended(request: Request, row: Row) -> None:
@@ -264,7 +283,8 @@ async def burst(gateway: Gateway, session: aiohttp.ClientSession, policy: str, w
 async def show(screen: Screen, folder: Path) -> list[Run]:
     """Run the whole part and print its table."""
     # Before the speed is known: the prompts of the largest burst there could be are kept from the predictor.
-    prompts = {request.prompt for work in bursts(40) for request in work.requests}
+    largest = bursts(20)
+    prompts = {request.prompt for work in largest for request in work.requests}
     learned = taught(folder / "history.json", prompts)
     with running(folder, screen) as gateway:
         timeout = aiohttp.ClientTimeout(total=None, sock_read=300)
@@ -272,13 +292,13 @@ async def show(screen: Screen, folder: Path) -> list[Run]:
             screen.say(f"the predictor is `history`, taught with {learned} recorded answers to other prompts")
             await watch(gateway, session, screen)
             speed = await measure_speed(gateway, session)
-            mean = fmean(request.tokens for work in bursts(40) for request in work.requests)
-            n = max(6, min(20, round(BUDGET * speed / len(ORDER) / mean)))
+            mean = fmean(request.tokens for work in largest for request in work.requests)
+            works = [_first(work, max(6, min(20, round(BUDGET * speed / len(ORDER) / mean)))) for work in largest]
             screen.say(
-                f"\nThe engine makes {speed:.0f} tokens/s here. Now {len(ORDER)} bursts of {n} real chat requests "
-                f"(two workloads, seeds 0 and 1),\ninterleaved: {', '.join(policy for policy, _ in ORDER)}."
+                f"\nThe engine makes {speed:.0f} tokens/s here. Now {len(ORDER)} bursts of {len(works[0].requests)} "
+                f"real chat requests, half of them\nquick questions, half longer pieces; two workloads (seeds 0 and 1), "
+                f"interleaved:\n{', '.join(f'{policy} {seed}' for policy, seed in ORDER)}."
             )
-            works = bursts(n)
             runs = [await burst(gateway, session, policy, works[seed], screen) for policy, seed in ORDER]
     print_table(screen, runs)
     return runs
@@ -286,21 +306,25 @@ async def show(screen: Screen, folder: Path) -> list[Run]:
 
 def print_table(screen: Screen, runs: list[Run]) -> None:
     rows = []
-    for policy, label in (("fcfs", "FCFS"), ("isrtf", "ISRTF elastic")):
+    for policy, label in LABELS.items():
         ours = [run for run in runs if run.setting == policy]
         done = [row for run in ours for row in run.rows if not row.error]
         jct = [row.jct for row in done]
         ttft = [row.ttft for row in done if row.ttft is not None]
         figures = [f(values) for values in (jct, ttft) for f in (_mean, _p50, _p90)]
-        rows.append([label, *map(figure, figures), str(len(done)), str(sum(row.tokens for row in done))])
-    screen.table(["seconds", "JCT", "p50", "p90", "TTFT", "p50", "p90", "requests", "tokens"], rows)
+        counts = [len(done), sum(row.tokens for row in done), sum(row.preemptions for row in done)]
+        rows.append([label, *map(figure, figures), *map(str, counts)])
+    screen.table(["seconds", "JCT", "p50", "p90", "TTFT", "p50", "p90", "requests", "tokens", "preempt"], rows)
     if differ := _unequal(runs):
         screen.say(
             f"{differ} requests got answers of different length under the two orders: read the figures with care."
         )
     if failed := [row.error for run in runs for row in run.rows if row.error]:
         screen.say(f"{len(failed)} requests failed: {', '.join(sorted(set(failed)))}", style="bold red")
-    screen.say("A burst is the best case for any order, and two workloads are an example, not a measurement.")
+    screen.say(
+        "A burst of short and long requests is where order pays most; two workloads are an example, no measurement.\n"
+        "A dash: too few requests for that percentile."
+    )
 
 
 def _mean(values: list[float]) -> float | None:

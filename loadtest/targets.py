@@ -29,6 +29,9 @@ MODEL = "model"
 """The model's name in simulations."""
 
 
+_TOLD = b": elis "
+
+
 class Target(Protocol):
     """Something a request can be sent to."""
 
@@ -49,10 +52,11 @@ class HttpTarget:
         apps: bool = True,
         body: Mapping[str, Any] | None = None,
         on_text: Callable[[Request, str], None] | None = None,
-        on_comment: Callable[[Request, str], None] | None = None,
+        debug: bool = False,
     ) -> None:
         """``start``: the run's beginning on ``time.perf_counter``. ``apps``: say the kind of request in X-Elis-App.
-        ``body``: fields added to every request. ``on_text`` and ``on_comment`` see what arrives, as it arrives."""
+        ``body``: fields added to every request. ``on_text`` sees the answer as it arrives. ``debug``: ask the gateway
+        how it served each request, for the row's ``slices`` and ``preemptions``."""
         self._url = url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
         self._model = model
         self._session = session
@@ -60,7 +64,7 @@ class HttpTarget:
         self._apps = apps
         self._body = dict(body or {})
         self._on_text = on_text
-        self._on_comment = on_comment
+        self._debug = debug
 
     async def send(self, request: Request, row: Row) -> None:
         body = {
@@ -74,7 +78,7 @@ class HttpTarget:
         headers = {"Content-Type": "application/json", "X-Request-Id": request.id}
         if self._apps and request.app:
             headers["X-Elis-App"] = request.app
-        if self._on_comment is not None:
+        if self._debug:
             headers["X-Elis-Debug"] = "1"
         try:
             async with self._session.post(self._url, data=orjson.dumps(body), headers=headers) as reply:
@@ -94,10 +98,8 @@ class HttpTarget:
         done = False
         async for data in reply.content.iter_any():
             now = time.perf_counter() - self._start
-            if self._on_comment is not None:
-                for line in data.decode("utf-8", "replace").splitlines():
-                    if line.startswith(":"):
-                        self._on_comment(request, line[1:].strip())
+            if self._debug and _TOLD in data:
+                _told(data, row)
             for payload in decoder.feed(data):
                 if payload == DONE:
                     done = True
@@ -119,6 +121,13 @@ class HttpTarget:
                     row.first = now
                 if self._on_text is not None:
                     self._on_text(request, text)
+
+
+def _told(data: bytes, row: Row) -> None:
+    """What the gateway says of a job in a comment before the end of its stream."""
+    facts = orjson.loads(data.split(_TOLD, 1)[1].split(b"\n", 1)[0])
+    row.slices = facts["slices"]
+    row.preemptions = facts["preemptions"]
 
 
 def sim_jobs(workload: Workload, *, apps: bool = True) -> list[SimJob]:

@@ -42,15 +42,14 @@ class Stub:
         await reply.write(b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n')
         await reply.write(b'data: {"choices":[{"delta":{"content":"hi"}}]}\n\ndata: {"choices":[{"delta":{"cont')
         await reply.write(b'ent":" there"}}]}\n\ndata: {"choices":[],"usage":{"completion_tokens":2}}\n\n')
-        await reply.write(b": elis {}\n\n" + self.end)
+        await reply.write(b': elis {"slices":3,"preemptions":1}\n\n' + self.end)
         return reply
 
 
-async def replay(stub: Stub, requests: list[Request]) -> tuple[list[Row], list[str], list[str]]:
+async def replay(stub: Stub, requests: list[Request]) -> tuple[list[Row], list[str]]:
     app = web.Application()
     app.router.add_post("/v1/chat/completions", stub.chat)
     texts: list[str] = []
-    comments: list[str] = []
     async with TestServer(app) as server, aiohttp.ClientSession() as session:
         start = time.perf_counter()
         target = HttpTarget(
@@ -60,22 +59,22 @@ async def replay(stub: Stub, requests: list[Request]) -> tuple[list[Row], list[s
             start=start,
             body={"temperature": 0},
             on_text=lambda _, text: texts.append(text),
-            on_comment=lambda _, text: comments.append(text),
+            debug=True,
         )
         done = await runner.run(Workload(tuple(requests)), target, start=start)
-    return done.rows, texts, comments
+    return done.rows, texts
 
 
 async def test_a_streamed_answer_becomes_a_row() -> None:
     stub = Stub()
-    (row,), texts, comments = await replay(stub, [request(0)])
+    (row,), texts = await replay(stub, [request(0)])
     assert not row.error
     assert row.tokens == 2
     assert row.first is not None
     assert row.end is not None
     assert 0 <= row.sent <= row.first <= row.end
     assert texts == ["hi", " there"]
-    assert comments == ["elis {}"]
+    assert (row.slices, row.preemptions) == (3, 1)
     ((body, app),) = stub.seen
     assert (body["model"], body["temperature"], body["stream"], app) == ("m", 0, True, "greeting")
 
@@ -83,14 +82,14 @@ async def test_a_streamed_answer_becomes_a_row() -> None:
 async def test_failures_are_rows_too() -> None:
     stub = Stub()
     stub.status = 503
-    (row,), _, _ = await replay(stub, [request(0)])
+    (row,), _ = await replay(stub, [request(0)])
     assert row.error == "status 503"
     stub = Stub()
     stub.end = b'data: {"error":{"code":"gone"}}\n\n'
-    (row,), _, _ = await replay(stub, [request(0)])
+    (row,), _ = await replay(stub, [request(0)])
     assert row.error == "gone"
     stub.end = b""
-    (row,), _, _ = await replay(stub, [request(0)])
+    (row,), _ = await replay(stub, [request(0)])
     assert row.error == "cut off"
 
 
