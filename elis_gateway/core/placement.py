@@ -131,7 +131,7 @@ class Upstream:
 class Pool:
     """The upstreams that serve one model: their shared queue, their pace, and what answers have been like."""
 
-    __slots__ = ("_arrived", "_gamma_in", "_last", "_rate", "down_since", "gamma", "lengths", "model", "queue",
+    __slots__ = ("_arrived", "_gamma_in", "_last", "_pace", "_rate", "down_since", "gamma", "lengths", "model", "queue",
                  "seconds_per_token", "shadow", "slots", "upstreams")  # fmt: skip
 
     def __init__(self, model: str, seconds_per_token: float, now: float) -> None:
@@ -141,6 +141,7 @@ class Pool:
         self.upstreams: list[Upstream] = []
         self.slots = 0
         self.seconds_per_token = seconds_per_token
+        self._pace = seconds_per_token
         self.gamma = 0.0
         self.shadow = Shadow()
         self.lengths = Lengths()
@@ -179,5 +180,8 @@ class Pool:
                 self.gamma = solve_gamma(1.0 / self._rate, self.lengths.shares(), self.seconds_per_token / self.slots)
 
     def paced(self, seconds_per_token: float) -> None:
-        """A slice ran at this pace; the pool's own moves slowly, so that keys made minutes apart compare."""
-        self.seconds_per_token += 0.02 * (seconds_per_token - self.seconds_per_token)
+        """A slice ran at this pace. The pool's own moves slowly and in steps of a twentieth: were it to follow every
+        measurement, two jobs of the same length would differ in their keys for no reason, and the unlucky starve."""
+        self._pace += 0.02 * (seconds_per_token - self._pace)
+        if abs(self._pace - self.seconds_per_token) > 0.05 * self.seconds_per_token:
+            self.seconds_per_token = self._pace

@@ -1,8 +1,8 @@
 """Jobs that wait: a heap with immutable keys and lazy deletion. Never: what a key means.
 
-The heap holds ``(rank, key, seq, job)``. A job that is re-estimated, taken or cancelled leaves its entry behind; the
-entry is recognised as stale because ``job.entry`` no longer equals its ``seq``. Keys are therefore never changed in
-place, which is what silently breaks heaps of mutable objects.
+The heap holds heads, ``(rank, late, key, seq, job)``. A job that is re-estimated, taken or cancelled leaves its entry
+behind; the entry is recognised as stale because ``job.entry`` no longer equals its ``seq``. Keys are therefore never
+changed in place, which is what silently breaks heaps of mutable objects.
 
 A second heap, ordered by due time, exists only where jobs have one: while any waiting job of the best class is overdue,
 overdue jobs of that class go first, the longest overdue before the others.
@@ -17,11 +17,9 @@ from elis_gateway.core.job import Job
 
 __all__ = ["Head", "ReadyQueue"]
 
-_Entry = tuple[int, float, int, Job]
-
 
 class Head(NamedTuple):
-    """The best waiting job, comparable between queues: class, overdue before not, due time or key, age of entry."""
+    """A waiting job, comparable within and between queues: class, overdue before not, due time or key, age of entry."""
 
     rank: int
     late: int
@@ -37,8 +35,8 @@ class ReadyQueue:
     __slots__ = ("_due", "_heap", "live")
 
     def __init__(self) -> None:
-        self._heap: list[_Entry] = []
-        self._due: list[_Entry] = []
+        self._heap: list[Head] = []
+        self._due: list[Head] = []
         self.live = 0
         """Number of waiting jobs; the heap itself may also hold stale entries."""
 
@@ -46,9 +44,9 @@ class ReadyQueue:
         """Add ``job``, or give a waiting job a new key: ``seq`` must be larger than any before."""
         job.entry = seq
         heap = self._heap
-        heappush(heap, (job.spec.rank, key, seq, job))
+        heappush(heap, Head(job.spec.rank, 1, key, seq, job))
         if job.due is not None:
-            heappush(self._due, (job.spec.rank, job.due, seq, job))
+            heappush(self._due, Head(job.spec.rank, 0, job.due, seq, job))
         self.live += 1
         # Re-keyed jobs leave stale entries deep in the heap that popping alone never reaches.
         if len(heap) > 64 and len(heap) > 4 * self.live:
@@ -62,50 +60,50 @@ class ReadyQueue:
     def head(self, now: float) -> Head | None:
         """The job that should run next; it stays."""
         if self.live == 0:
-            self._heap.clear()
-            self._due.clear()
+            if self._heap:
+                self._heap.clear()
+                self._due.clear()
             return None
         heap = self._heap
-        entry = heap[0]
-        while entry[3].entry != entry[2]:
+        first = heap[0]
+        while first[4].entry != first[3]:
             heappop(heap)
-            entry = heap[0]
+            first = heap[0]
         due = self._due
         if due:
-            while due and due[0][3].entry != due[0][2]:
+            while due and due[0][4].entry != due[0][3]:
                 heappop(due)
-            if due and due[0][1] <= now and due[0][0] == entry[0]:
-                rank, when, seq, job = due[0]
-                return Head(rank, 0, when, seq, job)
-        return Head(entry[0], 1, entry[1], entry[2], entry[3])
+            if due and due[0][2] <= now and due[0][0] == first[0]:
+                return due[0]
+        return first
 
     def best(self, count: int, now: float) -> list[Head]:
         """The ``count`` jobs that should run next, in order, without taking them. O(count log count)."""
         first = self.head(now)
         if first is None:
             return []
-        if count == 1:
-            return [first]
-        found: list[Head] = []
-        seen: set[int] = set()
-        for late, source in ((0, self._due), (1, self._heap)):
-            wanted = count
-            frontier = [(source[0][:3], 0)] if source else []
-            while frontier and wanted:
-                _, at = heappop(frontier)
-                rank, key, seq, job = source[at]
-                if late == 0 and key > now:
-                    # Children of a job not due yet may belong to a lower class, but that class has to wait anyway.
-                    continue
-                if job.entry == seq and seq not in seen:
-                    seen.add(seq)
-                    found.append(Head(rank, late, key, seq, job))
-                    wanted -= 1
-                for child in (2 * at + 1, 2 * at + 2):
-                    if child < len(source):
-                        heappush(frontier, (source[child][:3], child))
-        found.sort(key=lambda h: h[:4])
+        found = self._walk(self._due, count, now)
+        overdue = {head.seq for head in found}
+        found += [head for head in self._walk(self._heap, count + len(found), now) if head.seq not in overdue]
+        found.sort()
         return found[:count]
+
+    @staticmethod
+    def _walk(heap: list[Head], count: int, now: float) -> list[Head]:
+        """The first ``count`` live entries of a heap, parents before children; of due times those that have passed."""
+        found: list[Head] = []
+        frontier = [(heap[0], 0)] if heap else []
+        while frontier and len(found) < count:
+            head, at = heappop(frontier)
+            if head.late == 0 and head.key > now:
+                # What lies below is due later still, or of a class that has to wait anyway.
+                continue
+            if head.job.entry == head.seq:
+                found.append(head)
+            for child in (2 * at + 1, 2 * at + 2):
+                if child < len(heap):
+                    heappush(frontier, (heap[child], child))
+        return found
 
     def drain(self) -> list[Job]:
         """Take everything out, in the order of age."""
@@ -119,9 +117,9 @@ class ReadyQueue:
 
     def jobs(self) -> list[Job]:
         """Every waiting job, oldest entry first."""
-        return [e[3] for e in sorted(self._heap, key=lambda e: e[2]) if e[3].entry == e[2]]
+        return [h.job for h in sorted(self._heap, key=lambda h: h.seq) if h.job.entry == h.seq]
 
     def _compact(self) -> None:
         for heap in (self._heap, self._due):
-            heap[:] = [e for e in heap if e[3].entry == e[2]]
+            heap[:] = [h for h in heap if h.job.entry == h.seq]
             heapify(heap)

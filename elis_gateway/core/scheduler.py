@@ -128,10 +128,9 @@ class Scheduler:
         state = job.state
         if state is _ESTIMATING:
             self._enqueue(job, now)
-        elif estimate is None:
-            return []
         elif state is _READY:
-            self._rekey(job, now)
+            if estimate is not None:
+                self._rekey(job, now)
         else:
             self._rescored(self._slices[job.slice], now)  # type: ignore[index]
         return self._take()
@@ -155,8 +154,10 @@ class Scheduler:
         job.attained = attained
         job.failures = 0
         if self._estimates:
+            # Its answer, even if it is none, makes the new key.
             self._actions.append(AskEstimate(job))
-        self._rescored(running, now)
+        else:
+            self._rescored(running, now)
         return self._take()
 
     def slice_ended(self, slice_id: int, result: SliceResult, now: float) -> list[Action]:
