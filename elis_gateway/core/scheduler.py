@@ -428,7 +428,7 @@ class Scheduler:
         if not self._estimates:
             self._enqueue(job, now, place=False)
             return
-        if self.config.rescore == "always" or self.room.best_for(upstream, now) is not None:
+        if self.config.rescore == "always" or self.room.is_wanted(upstream):
             # The slot is held: who gets it depends on what this job's fresh estimate says.
             job.state = _ESTIMATING
             self._held[job.spec.id] = upstream

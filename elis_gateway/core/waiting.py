@@ -108,6 +108,10 @@ class WaitingRoom:
 
     # ---- who goes next ----------------------------------------------------------------------------------------
 
+    def is_wanted(self, upstream: Upstream) -> bool:
+        """Does anybody wait who could run there?"""
+        return upstream.queue.live > 0 or any(pool.queue.live for pool in upstream.pools)
+
     def best_for(self, upstream: Upstream, now: float) -> Head | None:
         """The job that should have the next slot of ``upstream``; it stays in its queue."""
         best = upstream.queue.head(now) if upstream.queue.live else None
