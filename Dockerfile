@@ -1,5 +1,5 @@
 # The gateway's image: no torch, no compiler, not root.
-#   docker run -v ./gateway.yaml:/config.yaml:ro -p 8000:8000 IMAGE
+#   docker run -v ./gateway.yaml:/config.yaml:ro -p 8080:8080 IMAGE
 # The embedded engine and the load test live in the same image:
 #   docker run IMAGE sim-engine --host 0.0.0.0
 #   docker run IMAGE loadtest --help
@@ -21,6 +21,6 @@ COPY --from=build /app /app
 COPY config /etc/elis-gateway
 ENV PATH=/app/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER elis
-EXPOSE 8000
+EXPOSE 8080
 ENTRYPOINT ["elis-gateway"]
 CMD ["serve", "/config.yaml"]
