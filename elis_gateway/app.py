@@ -6,6 +6,7 @@ Knows: how to wire everything. Never: request logic.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import time
@@ -323,6 +324,9 @@ async def serve(config: Config, reload: Reload | None = None) -> None:
     loop.add_signal_handler(signal.SIGHUP, lambda: spawn(read_again(), name="reload"))
     try:
         await gateway.start()
+        # What is loaded by now stays: the garbage collector need not look at it while tokens wait.
+        gc.collect()
+        gc.freeze()
         await stop.wait()
     finally:
         await gateway.stop()

@@ -1,12 +1,14 @@
 """One job's stream of bytes to its client. Knows neither who produces nor who consumes them.
 
 The producer never waits: ``put`` appends and, at most, wakes the reader. The reader takes everything pending in one
-piece, so a slow client coalesces its own backlog into few large writes. One reader, one event loop, no locks.
+piece, so a slow client coalesces its own backlog into few large writes. A reader may attach a *sink*: then bytes go
+straight through as long as it takes them, without waking a task for each. One reader, one event loop, no locks.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 __all__ = ["Channel"]
 
@@ -14,13 +16,14 @@ __all__ = ["Channel"]
 class Channel:
     """Bytes in, bytes out, then the end or an error. The error is raised after the last byte was taken."""
 
-    __slots__ = ("_chunks", "_closed", "_error", "_waiter", "puts")
+    __slots__ = ("_chunks", "_closed", "_error", "_sink", "_waiter", "puts")
 
     def __init__(self) -> None:
         self._chunks: list[bytes] = []
         self._waiter: asyncio.Future[None] | None = None
         self._closed = False
         self._error: Exception | None = None
+        self._sink: Callable[[bytes], bool] | None = None
         self.puts = 0
         """Times something was put: tells silence from traffic without a clock."""
 
@@ -44,14 +47,25 @@ class Channel:
         if self._closed:
             return
         self.puts += 1
+        if self._sink is not None and not self._chunks and self._sink(data):
+            return
         self._chunks.append(data)
         self._wake()
 
-    def close(self, error: Exception | None = None) -> None:
-        """No more bytes will come. The first call counts, later ones change nothing."""
+    def attach(self, sink: Callable[[bytes], bool]) -> None:
+        """Let ``sink`` have what is put while nothing is pending. It must take all of it at once, or refuse (False)."""
+        self._sink = sink
+
+    def close(self, error: Exception | None = None, *, last: bytes = b"") -> None:
+        """No more bytes will come but ``last``, which is left for the reader so that it can end the stream with it.
+
+        The first call counts, later ones change nothing.
+        """
         if self._closed:
             return
         self._closed = True
+        if last:
+            self._chunks.append(last)
         self._error = error
         self._wake()
 

@@ -264,12 +264,12 @@ class Dispatcher:
             self._quiet.set_result(None)
 
     def _deliver(self, flight: Flight) -> None:
-        answer, channel = flight.answer, flight.channel
+        answer = flight.answer
         if flight.request.stream:
-            channel.put(answer.close(flight.describe(flight) if flight.describe is not None else None))
+            last = answer.close(flight.describe(flight) if flight.describe is not None else None)
         else:
-            channel.put(answer.body())
-        channel.close()
+            last = answer.body()
+        flight.channel.close(last=last)
 
     def _error(self, flight: Flight, job: Job) -> GatewayError:
         """What the client is told of a job that did not complete."""

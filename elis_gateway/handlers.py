@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 import orjson
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from multidict import CIMultiDict
 
 from elis_gateway.channel import Channel
@@ -28,6 +28,8 @@ __all__ = ["Handlers", "describe", "problem_response"]
 
 _JSON = "application/json"
 _EVENTS = "text/event-stream; charset=utf-8"
+_BACKLOG = 64 * 1024
+"""Bytes a client may be behind before writing waits for it."""
 _COMMENT = sse.comment("waiting")
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -125,10 +127,10 @@ class Handlers:
             data = await channel.get()
             response = _EventStream(headers=_headers(request, flight, _EVENTS))
             await response.prepare(request)
-            while data:
-                if channel.exhausted:
-                    break
+            while data and not channel.exhausted:
                 await response.write(data)
+                if request.version == HttpVersion11:
+                    channel.attach(_sink(request))
                 data = await channel.get()
         except GatewayError as error:
             if response is None:
@@ -186,6 +188,20 @@ class _Keepalive:
     def stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+
+
+def _sink(request: web.BaseRequest) -> Callable[[bytes], bool]:
+    """Writes chunks of a response whose head is out straight to the connection, while the client keeps up."""
+    transport = request.transport
+
+    def write(data: bytes) -> bool:
+        if transport is None or transport.is_closing() or transport.get_write_buffer_size() > _BACKLOG:
+            # The handler's own write waits until the client has caught up, or finds that it has gone.
+            return False
+        transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
+
+    return write
 
 
 def describe(flight: Flight) -> str:

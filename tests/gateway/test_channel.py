@@ -73,3 +73,32 @@ def test_a_close_wakes_the_reader_and_a_cancelled_reader_leaves_no_trace() -> No
         assert await reading == b""
 
     run(story())
+
+
+def test_a_sink_takes_bytes_while_nothing_is_pending() -> None:
+    async def story() -> None:
+        channel, taken, willing = Channel(), [], [True]
+
+        def sink(data: bytes) -> bool:
+            if willing[0]:
+                taken.append(data)
+            return willing[0]
+
+        channel.put(b"1")
+        channel.attach(sink)
+        channel.put(b"2")
+        assert await channel.get() == b"12"
+        channel.put(b"3")
+        willing[0] = False
+        channel.put(b"4")
+        willing[0] = True
+        channel.put(b"5")
+        assert taken == [b"3"]
+        assert await channel.get() == b"45"
+        channel.put(b"6")
+        channel.close(last=b"7")
+        assert taken == [b"3", b"6"]
+        assert await channel.get() == b"7"
+        assert channel.exhausted
+
+    run(story())

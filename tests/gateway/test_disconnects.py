@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from elis_gateway.sim.checker import of_stream
 from elis_gateway.sim.faults import Fault
 from elis_gateway.tasks import spawn
-from tests.gateway.world import CHAT, COMPLETIONS, World, paced, read_until, until, world
+from tests.gateway.world import CHAT, COMPLETIONS, World, paced, payloads, read_until, until, world
 
 LONG: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"model": "sim", "prompt": "long", "max_tokens": 1500, "ignore_eos": True},
@@ -106,3 +107,14 @@ async def test_many_leave_at_once_and_nothing_leaks() -> None:
         await _gone(w)
         assert not w.gateway.core.jobs
         assert not w.gateway.dispatcher._calls
+
+
+async def test_a_client_that_reads_slowly_gets_everything_in_order() -> None:
+    """The answer is far larger than what sockets hold, and the client begins to read when it is complete."""
+    body = {"model": "sim", "prompt": "slow reader", "max_tokens": 1900, "ignore_eos": True, "stream": True}
+    fat = {**body, "logprobs": 0, "stream_options": {"include_usage": True}}
+    async with world() as w:
+        async with w.post(COMPLETIONS, fat) as response:
+            await until(lambda: not w.gateway.flights)
+            data = await response.content.read()
+        assert w.checker.check(COMPLETIONS, fat, of_stream(payloads(data))) == []
