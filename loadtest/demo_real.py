@@ -296,7 +296,7 @@ async def show(screen: Screen, folder: Path) -> list[Run]:
             works = [_first(work, max(6, min(20, round(BUDGET * speed / len(ORDER) / mean)))) for work in largest]
             screen.say(
                 f"\nThe engine makes {speed:.0f} tokens/s here. Now {len(ORDER)} bursts of {len(works[0].requests)} "
-                f"real chat requests, half of them\nquick questions, half longer pieces; two workloads (seeds 0 and 1), "
+                f"real chat requests, half of them\nquick questions, half longer pieces; two workloads, seeds 0 and 1, "
                 f"interleaved:\n{', '.join(f'{policy} {seed}' for policy, seed in ORDER)}."
             )
             runs = [await burst(gateway, session, policy, works[seed], screen) for policy, seed in ORDER]
