@@ -107,7 +107,8 @@ def prompts() -> list[tuple[str, str]]:
         for filling in fillings
     ]
     random.Random(20240501).shuffle(rows)
-    return rows
+    # Behind the rest, whose seeds are their places: answers between essays and the cap were rare.
+    return rows + [("report", f"Write about {words} words on {thing}.") for words in (300, 500) for thing in THINGS]
 
 
 def start_engine(port: int) -> Any:
@@ -143,12 +144,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--minutes", type=float, default=30.0, help="stop after so long; run again to go on")
+    parser.add_argument("--kind", help="only this template family")
     parser.add_argument("--port", type=int, default=18089)
     args = parser.parse_args()
     done = set()
     if args.out.exists():
         done = {json.loads(line)["prompt"] for line in args.out.open(encoding="utf-8")}
     todo = [(i, kind, prompt) for i, (kind, prompt) in enumerate(prompts()) if prompt not in done]
+    todo = [row for row in todo if args.kind in (None, row[1])]
     print(f"{len(done)} answered, {len(todo)} to go")
     engine = start_engine(args.port)
     until = time.monotonic() + 60 * args.minutes

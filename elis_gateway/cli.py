@@ -140,6 +140,10 @@ def check_config(path: Path, quiet: bool) -> None:
     help="What it does with the field `priority`.",
 )
 @click.option("--token-ids/--no-token-ids", default=True, show_default=True, help="Whether it returns token ids.")
+@click.option("--prompt-tokens-details", is_flag=True, help="Report cached prompt tokens in the usage.")
+@click.option("--stream-interval", default=1, show_default=True, help="Tokens per streamed delta.")
+@click.option("--delay/--no-delay", default=True, show_default=True, help="Without: every token is ready at once.")
+@click.option("--api-key", envvar="ELIS_SIM_API_KEY", help="Key that clients must bring.  [env: ELIS_SIM_API_KEY]")
 @click.option("--seed", default=0, show_default=True, help="Of sampled requests that bring none.")
 def sim_engine(
     host: str,
@@ -152,6 +156,10 @@ def sim_engine(
     max_model_len: int,
     priority: Literal["honour", "ignore", "refuse"],
     token_ids: bool,
+    prompt_tokens_details: bool,
+    stream_interval: int,
+    delay: bool,
+    api_key: str | None,
     seed: int,
 ) -> None:
     """Run the embedded engine.
@@ -162,8 +170,7 @@ def sim_engine(
 
     from elis_gateway import logs
     from elis_gateway.sim.engine import EngineModel
-    from elis_gateway.sim.server import make_app
-    from elis_gateway.sim.server_config import ServerConfig
+    from elis_gateway.sim.server import ServerConfig, serve
 
     model = EngineModel.load(engine)
     if slots is not None:
@@ -179,9 +186,13 @@ def sim_engine(
         max_model_len=max_model_len,
         priority=priority,
         token_ids=token_ids,
+        prompt_tokens_details=prompt_tokens_details,
+        stream_interval=stream_interval,
+        delay=delay,
+        api_key=api_key,
         seed=seed,
     )
-    _run(_listen(make_app(config), host, port))
+    _run(serve(config, ready=lambda url: click.echo(f"listening on {url}")))
 
 
 @cli.command()
@@ -197,20 +208,6 @@ def completion(shell: str) -> None:
     complete = get_completion_class(shell)
     assert complete is not None
     click.echo(complete(cli, {}, PROGRAM, "_ELIS_GATEWAY_COMPLETE").source())
-
-
-async def _listen(app: Any, host: str, port: int) -> None:
-    """Serve an aiohttp application until cancelled."""
-    from aiohttp import web
-
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, host, port).start()
-        click.echo(f"listening on http://{host}:{runner.addresses[0][1]}")
-        await asyncio.Event().wait()
-    finally:
-        await runner.cleanup()
 
 
 def _run(coroutine: Coroutine[Any, Any, None]) -> None:

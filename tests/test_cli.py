@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,14 @@ def test_make_workload(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["serve", "check-config", "sim-engine"])
 def test_every_command_explains_itself(command: str) -> None:
     assert run(command, "--help").output.startswith(f"Usage: elis-gateway {command}")
+
+
+def test_sim_engine_serves_until_it_is_told_to_stop() -> None:
+    command = [sys.executable, "-m", "elis_gateway", "sim-engine", "--port", "0", "--slots", "2", "--no-delay"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        with urllib.request.urlopen(said.removeprefix("listening on ").strip() + "/health", timeout=10) as reply:
+            assert reply.status == 200
+        process.terminate()
+        assert process.wait(20) in (0, -15)
