@@ -111,18 +111,22 @@ def _capacity(table: Table) -> None:
 
 
 def _completion(table: Table) -> None:
-    print(f"{'':30}{'mean, s':>8}{'p50':>7}   {'mean over straight':22}{'median over straight':22}{'n':>3}  preempt.")
     first = table[STRAIGHT]
+    figures = [name for name in ("mean", "p50", "p99") if name in next(iter(first.values()))]
+    heads = "".join(f"{name + ' over straight':22}" for name in figures)
+    print(f"{'':30}{'mean, s':>8}{'p50':>7}   {heads}{'n':>3}  preempt.")
     for name, runs in table.items():
         shared = [n for n in sorted(runs) if n in first]
         cells = []
-        for figure in ("mean", "p50"):
+        for figure in figures:
             mean, half = interval([runs[n][figure] / first[n][figure] for n in shared])
             cells.append(f"{mean:.3f} ± {half:.3f}" if name != STRAIGHT else "")
         unequal = [n for n in shared if runs[n]["tokens"] != first[n]["tokens"]]
         print(
-            f"{name:30}{_mean(runs, 'mean'):8.2f}{_mean(runs, 'p50'):7.2f}   {cells[0]:22}{cells[1]:22}{len(shared):3}"
-            f"  {_mean(runs, 'preemptions'):.2f}" + ("  UNEQUAL WORK" if unequal else "")
+            f"{name:30}{_mean(runs, 'mean'):8.2f}{_mean(runs, 'p50'):7.2f}   "
+            + "".join(f"{cell:22}" for cell in cells)
+            + f"{len(shared):3}  {_mean(runs, 'preemptions'):.2f}"
+            + ("  UNEQUAL WORK" if unequal else "")
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from math import exp, log
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -122,6 +123,7 @@ def _scheduler(setting: str, question: Question, *, estimates: bool) -> tuple[Sc
     return core, question.slots // 2 if extra < 0 else extra
 
 
+@lru_cache
 def _capacity(question: Question, seed: int) -> float:
     """Tokens per second straight to the engine with everything there from the beginning, drain left out."""
     drawn = lengths(question.work, 2000, random.Random(f"capacity {seed}"))
