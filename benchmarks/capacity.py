@@ -1,6 +1,6 @@
 """What ordering costs in tokens per second, and what it gives in completion time, beside the engine alone.
 
-    python -m benchmarks.capacity live --engine vllm --repeats 6 --seeds 5 --budget 25
+    python -m benchmarks.capacity live --engine vllm --repeats 6 --seeds 5 --budget 15
     python -m benchmarks.capacity live --engine embedded --repeats 6 --seeds 0 --budget 8
     python -m benchmarks.capacity virtual --seeds 12 --budget 15
     python -m benchmarks.capacity report
@@ -22,7 +22,7 @@ pair), and every other repeat runs them in the opposite order. Lengths are force
 and perfect knowledge dealt to the wrong requests (the gain must vanish).
 
 Every run is appended to a file of rows as soon as it is done; what is there already is not measured again, unless the
-code has changed since. Nothing is begun after the budget.
+code has changed since. Each part has a budget; nothing is begun after it.
 """
 
 from __future__ import annotations
@@ -160,11 +160,6 @@ class Session:
         """Tokens per second straight to the engine, of this invocation."""
         self._count = 0
 
-    def order(self, repeat: int) -> list[str]:
-        """A B C D A' and, in every other repeat, backwards."""
-        names = list(self.urls)
-        return names if repeat % 2 == 0 else names[::-1]
-
     def run(self, question: Mapping[str, Any], setting: str, repeat: int, load: Any) -> live.Figures:
         """Measure one setting. ``load`` is called with URL and mark."""
         url, admin = self.urls[setting]
@@ -192,12 +187,19 @@ def measured(path: Path, digest: str, question: Mapping[str, Any]) -> dict[int, 
     return found
 
 
-def todo(session: Session, question: Mapping[str, Any], repeats: int, clock: Clock) -> Iterator[int]:
+def order(names: Sequence[str], repeat: int) -> Sequence[str]:
+    """A B C D A' and, in every other repeat, backwards."""
+    return names if repeat % 2 == 0 else names[::-1]
+
+
+def todo(
+    session: Session, names: Sequence[str], question: Mapping[str, Any], repeats: int, clock: Clock
+) -> Iterator[int]:
     """Repeats to measure, while there is time for another one as long as the longest so far."""
     done = measured(session.path, session.code, question)
     longest = 0.0
     for repeat in range(repeats):
-        if done.get(repeat, set()) >= set(session.urls):
+        if done.get(repeat, set()) >= set(names):
             continue
         if clock.left < longest or clock.left <= 0:
             print(f"budget spent before repeat {repeat + 1} of {repeats}")
@@ -211,12 +213,13 @@ def todo(session: Session, question: Mapping[str, Any], repeats: int, clock: Clo
 def capacity(session: Session, feed: str, n: int, span: tuple[int, int], repeats: int, clock: Clock) -> None:
     engine = session.engine
     question = {"part": "capacity", "engine": engine.name, "feed": feed, "requests": n, "lengths": list(span)}
-    for repeat in todo(session, question, repeats, clock):
+    names = list(session.urls)
+    for repeat in todo(session, names, question, repeats, clock):
         tokens = lengths(*span, n, random.Random(f"capacity {repeat}"))
         if feed == "all":
             tokens.sort()
         outstanding = n if feed == "all" else 3 * engine.slots
-        for setting in session.order(repeat):
+        for setting in order(names, repeat):
             load = partial(_backlog, engine, requests(tokens), outstanding)
             figures = session.run(question, setting, repeat, load)
             if setting in (STRAIGHT, AGAIN):
@@ -232,11 +235,12 @@ def completion(session: Session, load: float, n: int, span: tuple[int, int], see
     rate = load * fmean(session.capacity)
     question = {"part": "jct", "engine": engine.name, "load": load, "requests": n, "lengths": list(span)}
     print(f"capacity {rate / load:.1f} tokens/s ({len(session.capacity)} runs), offered {rate:.1f}")
-    for seed in todo(session, question, seeds, clock):
+    names = [name for name in session.urls if name != AGAIN]
+    for seed in todo(session, names, question, seeds, clock):
         rng = random.Random(f"arrivals {seed}")
         tokens = lengths(*span, n, random.Random(f"jct {seed}"))
         work = requests(tokens, arrivals(tokens, rate, rng))
-        for setting in session.order(seed):
+        for setting in order(names, seed):
             session.run(question, setting, seed, partial(_open_loop, engine, work))
 
 
@@ -260,7 +264,7 @@ def main() -> None:
 @click.option("--repeats", default=6, show_default=True, help="Of the capacity runs.")
 @click.option("--seeds", default=5, show_default=True, help="Of the completion times; 0: none.")
 @click.option("--load", default=0.95, show_default=True)
-@click.option("--budget", default=20.0, show_default=True, help="Minutes, once everything has started.")
+@click.option("--budget", default=10.0, show_default=True, help="Minutes for each part: every feed, completion times.")
 @click.option("--output", type=click.Path(path_type=Path), help="Default: benchmarks/results/capacity-ENGINE.jsonl")
 @click.option("--logs", type=click.Path(path_type=Path), help="Folder that keeps the processes' logs.")
 def live_command(
@@ -297,15 +301,14 @@ def live_command(
         urls[AGAIN] = (engine.url, None)
         session = Session(engine, urls, path)
         warm_up(session)
-        clock = Clock(budget)
         for feed in feeds.split(","):
-            capacity(session, feed, n, span, repeats, clock)
+            capacity(session, feed, n, span, repeats, Clock(budget))
         if seeds:
             if not session.capacity:  # all of it was measured before
                 work = requests(sorted(lengths(*span, n, random.Random("capacity now"))))
                 figures = live.backlog(engine, engine.url, work, n, "capacity now")
                 session.capacity.append(figures["rate"])
-            completion(session, load, n * 2, span, seeds, clock)
+            completion(session, load, n * 2, span, seeds, Clock(budget))
     reports.show([path])
 
 
