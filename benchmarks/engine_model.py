@@ -3,9 +3,10 @@
     python -m benchmarks.engine_model vllm-cpu http://127.0.0.1:8000 --model smollm2 --slots 4 --block 32
 
 Rates come from forced lengths (``ignore_eos``). A seam is a pair: 200 tokens in one call, and the same in four calls
-that continue by token ids, alone and in step with the other slots. Rounds interleave everything; of each quantity the
-best round counts, because on a shared machine disturbance only ever adds time. What a continuation computes again of
-its prompt (the engine's own ``cached_tokens``) is charged at the prefill rate; the rest is the seam.
+that continue by token ids, alone and as a backlog in all slots. Rounds interleave everything and the median round
+counts; a seam is the median of the pairs. What a continuation computes again of its prompt (by the
+engine's own ``cached_tokens``) is charged at the prefill rate; the rest is the seam. On a machine with other work, run
+engine and script under ``chrt --rr 1``: figures of a disturbed engine are no figures.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import aiohttp
@@ -27,8 +29,17 @@ import click
 from elis_gateway.sim.model import MODELS, EngineModel
 
 WHOLE, SLICES = 200, 4
+JOBS = 3
+"""Jobs per slot of a backlog."""
 SHORT, LONG = 64, 1088
 """Prompt lengths whose difference in time to first token gives the prefill rate."""
+
+
+_WORDS = (
+    "Once upon a time the baker of a small village walked down to the river with seven loaves of bread and found that "
+    "somebody had painted the old wooden bridge in green while nobody was looking so she asked every neighbour in turn"
+)
+"""Plain words, so that answers are plain words too: one token, one delta."""
 
 
 @dataclass
@@ -38,6 +49,8 @@ class Timing:
     start: float
     arrivals: list[float] = field(default_factory=list)
     """One entry per token."""
+    done: float = 0.0
+    """When the last event came, whether or not it had a token (llama.cpp keeps half characters to itself)."""
     ids: list[int] = field(default_factory=list)
     prompt_tokens: int = 0
     cached: int = 0
@@ -50,14 +63,30 @@ class Engine:
         self._session = session
         self._url = url.rstrip("/")
         self._model = model
+        self._vocabulary: list[int] = []
+        self._ids: dict[str, Any] = {}
+        """What to ask for to get the answer's token ids."""
+
+    async def learn(self) -> None:
+        """Ask for the ids of some plain words (vLLM reads ``prompt``, llama.cpp ``content``)."""
+        body = {"model": self._model, "prompt": _WORDS, "content": _WORDS, "add_special_tokens": False}
+        async with self._session.post(f"{self._url}/tokenize", json=body) as response:
+            response.raise_for_status()
+            self._vocabulary = (await response.json())["tokens"]
+        async with self._session.get(f"{self._url}/v1/models") as response:
+            llama = (await response.json())["data"][0].get("owned_by") == "llamacpp"
+        self._ids = {"logprobs": 1} if llama else {"return_token_ids": True}
+
+    def prompt(self, length: int = 24) -> list[int]:
+        """Tokens of plain words that no cache knows in this order."""
+        return random.choices(self._vocabulary, k=length)
 
     async def call(self, prompt: Sequence[int], tokens: int) -> Timing:
         """One streamed completion of exactly this many tokens."""
         body = {
             "model": self._model, "prompt": list(prompt), "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
             "stream": True, "stream_options": {"include_usage": True},
-            # vLLM's way of giving ids, and llama.cpp's.
-            "return_token_ids": True, "logprobs": 1,
+            **self._ids,
         }  # fmt: skip
         timing = Timing(time.monotonic())
         async with self._session.post(f"{self._url}/v1/completions", json=body) as response:
@@ -69,6 +98,7 @@ class Engine:
 
 
 def _read(chunk: dict[str, Any], timing: Timing) -> None:
+    timing.done = time.monotonic()
     if usage := chunk.get("usage"):
         timing.prompt_tokens = usage["prompt_tokens"]
         timing.cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
@@ -76,17 +106,12 @@ def _read(chunk: dict[str, Any], timing: Timing) -> None:
         scored = (choice.get("logprobs") or {}).get("content") or []
         ids = choice.get("token_ids") or [entry["id"] for entry in scored]
         timing.ids.extend(ids)
-        timing.arrivals.extend([time.monotonic()] * len(ids))
-
-
-def _prompt(length: int = 24) -> list[int]:
-    """Tokens that no cache knows."""
-    return [random.randrange(1000, 30000) for _ in range(length)]
+        timing.arrivals.extend([timing.done] * len(ids))
 
 
 async def decode_rate(engine: Engine, batch: int) -> float:
     """Tokens per second of each sequence, while all of them decode."""
-    calls = await asyncio.gather(*(engine.call(_prompt(), 96) for _ in range(batch)))
+    calls = await asyncio.gather(*(engine.call(engine.prompt(), 96) for _ in range(batch)))
     begin = max(call.arrivals[0] for call in calls)
     end = min(call.arrivals[-1] for call in calls)
     made = sum(sum(begin < at <= end for at in call.arrivals) for call in calls)
@@ -95,14 +120,14 @@ async def decode_rate(engine: Engine, batch: int) -> float:
 
 async def first_token(engine: Engine, length: int) -> float:
     """Seconds to the first token."""
-    call = await engine.call(_prompt(length), 1)
-    return call.arrivals[-1] - call.start
+    call = await engine.call(engine.prompt(length), 1)
+    return call.done - call.start
 
 
-async def seams(engine: Engine, prompt: list[int], slices: int) -> tuple[float, int]:
+async def seams(engine: Engine, slices: int) -> tuple[float, int]:
     """Seconds for WHOLE tokens in so many calls, and prompt tokens computed by the continuations."""
     start, computed = time.monotonic(), 0
-    known = list(prompt)
+    known = engine.prompt()
     for number in range(slices):
         call = await engine.call(known, WHOLE // slices)
         known += call.ids
@@ -111,44 +136,56 @@ async def seams(engine: Engine, prompt: list[int], slices: int) -> tuple[float, 
     return time.monotonic() - start, computed
 
 
-async def in_step(engine: Engine, batch: int, slices: int) -> tuple[float, float]:
-    """The same in ``batch`` sequences at once; mean seconds and mean prompt tokens computed again."""
-    done = await asyncio.gather(*(seams(engine, _prompt(), slices) for _ in range(batch)))
-    return sum(seconds for seconds, _ in done) / batch, sum(tokens for _, tokens in done) / batch
+async def backlog(engine: Engine, batch: int, slices: int) -> float:
+    """Tokens per second while ``batch`` sequences, out of step with each other, always have work in so many calls."""
+    ends: list[tuple[float, int]] = []
+    begun: list[float] = []
+
+    async def worker(number: int) -> None:
+        await asyncio.sleep(0.37 * number)
+        begun.append(time.monotonic())
+        for _ in range(JOBS):
+            known = engine.prompt()
+            for _ in range(slices):
+                call = await engine.call(known, WHOLE // slices)
+                known += call.ids
+                ends.extend((at, number) for at in call.arrivals)
+
+    await asyncio.gather(*(worker(number) for number in range(batch)))
+    begin = max(begun)
+    end = min(max(at for at, of in ends if of == number) for number in range(batch))
+    return sum(begin < at <= end for at, _ in ends) / (end - begin)
 
 
 async def measure(url: str, model: str, slots: int, rounds: int) -> dict[str, Any]:
-    """The best round of every quantity, and all rounds."""
+    """The median of every quantity, and all rounds."""
     batches = sorted({1, 2, slots} & set(range(1, slots + 1)))
     found: dict[str, list[Any]] = {f"decode-{batch}": [] for batch in batches}
-    found |= {f"{what}-{batch}": [] for batch in (1, slots) for what in ("whole", "sliced")}
-    found |= {"short": [], "long": []}
+    found |= {"short": [], "long": [], "alone": [], "backlog": []}
     timeout = aiohttp.ClientTimeout(total=None)
     # llama.cpp closes a connection after a streamed answer without saying so.
     connector = aiohttp.TCPConnector(force_close=True, limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         engine = Engine(session, url, model)
-        await engine.call(_prompt(), 8)
+        await engine.learn()
+        await engine.call(engine.prompt(), 8)
         for number in range(rounds):
             click.echo(f"  round {number + 1} of {rounds} ...")
             for batch in batches:
                 found[f"decode-{batch}"].append(await decode_rate(engine, batch))
             found["short"].append(await first_token(engine, SHORT))
             found["long"].append(await first_token(engine, LONG))
-            for batch in (1, slots):
-                for what, slices in (("whole", 1), ("sliced", SLICES)):
-                    found[f"{what}-{batch}"].append(await in_step(engine, batch, slices))
-    decode = [(batch, round(max(found[f"decode-{batch}"]), 2)) for batch in batches]
-    prefill = (LONG - SHORT) / (min(found["long"]) - min(found["short"]))
-    cost = {}
-    for batch, rate in ((1, decode[0][1]), (slots, decode[-1][1])):
-        seconds, computed = min(found[f"sliced-{batch}"])
-        extra = seconds - min(found[f"whole-{batch}"])[0]
-        gross = extra / (SLICES - 1) * rate
-        # In step, everybody waits for everybody's prefill.
-        net = gross - computed * batch / (SLICES - 1) / prefill * rate
-        cost[batch] = {"gross": round(gross, 2), "net": round(net, 2), "computed": round(computed / (SLICES - 1), 1)}
-    return {"decode": decode, "prefill": round(prefill, 1), "seam": cost, "rounds": found}
+            plain, (seconds, computed) = await seams(engine, 1), await seams(engine, SLICES)
+            found["alone"].append((seconds - plain[0], computed))
+            found["backlog"].append([await backlog(engine, slots, slices) for slices in (1, SLICES)])
+    decode = [(batch, round(median(found[f"decode-{batch}"]), 2)) for batch in batches]
+    prefill = (LONG - SHORT) / (median(found["long"]) - median(found["short"]))
+    computed = median(tokens for _, tokens in found["alone"]) / (SLICES - 1)
+    alone = median(seconds for seconds, _ in found["alone"]) / (SLICES - 1) * decode[0][1]
+    lost = median(plain / cut - 1 for plain, cut in found["backlog"]) * WHOLE / (SLICES - 1)
+    again = computed / prefill * decode[0][1]
+    seam = {"alone": alone, "backlog": lost, "computed": computed, "without_prefill": alone - again}
+    return {"decode": decode, "prefill": prefill, "seam": seam, "rounds": found}
 
 
 @click.command()
@@ -159,7 +196,7 @@ async def measure(url: str, model: str, slots: int, rounds: int) -> dict[str, An
 @click.option("--block", default=16, show_default=True, help="Tokens per block of the engine's prefix cache.")
 @click.option("--kv-tokens", type=int, help="Tokens of key-value memory.")
 @click.option("--stalls/--no-stalls", default=True, show_default=True, help="Others wait while a prompt is computed.")
-@click.option("--rounds", default=8, show_default=True)
+@click.option("--rounds", default=5, show_default=True)
 @click.option("--about", default="", help="Engine and settings, in words.")
 @click.option("--output", type=click.Path(path_type=Path), help="Default: among the shipped models.")
 def main(
@@ -168,17 +205,18 @@ def main(
 ) -> None:  # fmt: skip
     """Measure the engine at URL and save it as the engine model NAME."""
     found = asyncio.run(measure(url, model, slots, rounds))
-    gross = {batch: cost["gross"] for batch, cost in found["seam"].items()}
+    seam = found["seam"]
     about = (
         f"{about or name}. Measured {time.strftime('%Y-%m-%d')} on {platform.machine()} with {os.cpu_count()} cores by "
-        f"benchmarks/engine_model.py, best of {rounds} rounds. A seam cost {gross[1]} decoded tokens alone and "
-        f"{gross[slots]} with {slots} sequences in step, computing {found['seam'][1]['computed']} prompt tokens again."
+        f"benchmarks/engine_model.py, median of {rounds} rounds. A seam cost {seam['alone']:.1f} decoded tokens "
+        f"alone, {seam['backlog']:.1f} of each sequence under backlog, and computed {seam['computed']:.0f} "
+        "prompt tokens again."
     )
     result = EngineModel(
         slots=slots,
         decode=tuple((batch, rate) for batch, rate in found["decode"]),
-        prefill_tokens_per_second=found["prefill"],
-        seam_tokens=max(0.0, found["seam"][1]["net"]),
+        prefill_tokens_per_second=round(found["prefill"], 1),
+        seam_tokens=round(max(0.0, seam["without_prefill"]), 2),
         kv_tokens=kv_tokens,
         block=block,
         prefill_stalls=stalls,
@@ -187,7 +225,7 @@ def main(
     result.save(output or MODELS / f"{name}.json")
     click.echo(json.dumps({key: value for key, value in found.items() if key != "rounds"}, indent=2))
     for key, values in found["rounds"].items():
-        click.echo(f"{key}: " + ", ".join(f"{v if isinstance(v, float) else v[0]:.3g}" for v in values))
+        click.echo(f"{key}: {values}")
 
 
 if __name__ == "__main__":
