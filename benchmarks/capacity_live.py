@@ -141,21 +141,19 @@ class Forced:
         """(seconds since the start, tokens) of everything that came."""
 
     def _body(self, request: Request) -> dict[str, Any]:
-        body: dict[str, Any] = {
+        return {
             "model": self._engine.model,
             "messages": [{"role": "user", "content": f"{self._mark} {request.id}: {request.prompt}"}],
             "stream": True,
             "stream_options": {"include_usage": True},
             "return_token_ids": True,
             "temperature": 0,
+            "ignore_eos": True,
+            "max_tokens": request.tokens,
         }
-        if request.max_tokens == request.tokens:
-            return {**body, "ignore_eos": True, "max_tokens": request.tokens}
-        # A length that only the embedded engine reads: the limit says nothing about it.
-        return {**body, "sim_output_tokens": request.tokens, "max_tokens": request.max_tokens}
 
     async def send(self, request: Request, row: Row) -> None:
-        headers = {"Content-Type": "application/json", "X-Elis-App": request.app or "one"}
+        headers = {"Content-Type": "application/json"}
         body = orjson.dumps(self._body(request))
         try:
             async with self._session.post(self._url, data=body, headers=headers) as reply:

@@ -114,7 +114,7 @@ def _completion(table: Table) -> None:
     first = table[STRAIGHT]
     figures = [name for name in ("mean", "p50", "p99") if name in next(iter(first.values()))]
     heads = "".join(f"{name + ' over straight':22}" for name in figures)
-    print(f"{'':30}{'mean, s':>8}{'p50':>7}   {heads}{'n':>3}  preempt.")
+    print(f"{'':30}{'mean, s':>8}{'p50':>7}   {heads}{'n':>3}  preempt.  lag, s")
     for name, runs in table.items():
         shared = [n for n in sorted(runs) if n in first]
         cells = []
