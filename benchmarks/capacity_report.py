@@ -125,7 +125,7 @@ def _completion(table: Table) -> None:
         print(
             f"{name:30}{_mean(runs, 'mean'):8.2f}{_mean(runs, 'p50'):7.2f}   "
             + "".join(f"{cell:22}" for cell in cells)
-            + f"{len(shared):3}  {_mean(runs, 'preemptions'):.2f}"
+            + f"{len(shared):3}  {_mean(runs, 'preemptions'):8.2f}{max(run.get('lag', 0.0) for run in runs.values()):8.2f}"
             + ("  UNEQUAL WORK" if unequal else "")
         )
 
