@@ -122,10 +122,11 @@ def _completion(table: Table) -> None:
             mean, half = interval([runs[n][figure] / first[n][figure] for n in shared])
             cells.append(f"{mean:.3f} ± {half:.3f}" if name != STRAIGHT else "")
         unequal = [n for n in shared if runs[n]["tokens"] != first[n]["tokens"]]
+        lag = max(run.get("lag", 0.0) for run in runs.values())
         print(
             f"{name:30}{_mean(runs, 'mean'):8.2f}{_mean(runs, 'p50'):7.2f}   "
             + "".join(f"{cell:22}" for cell in cells)
-            + f"{len(shared):3}  {_mean(runs, 'preemptions'):8.2f}{max(run.get('lag', 0.0) for run in runs.values()):8.2f}"
+            + f"{len(shared):3}  {_mean(runs, 'preemptions'):8.2f}{lag:8.2f}"
             + ("  UNEQUAL WORK" if unequal else "")
         )
 
