@@ -153,8 +153,9 @@ class Dispatcher:
         self._perform(self.core.submit(flight.spec, self._loop.time()))
 
     def cancel(self, flight: Flight) -> None:
-        """Nobody wants the answer any more. The upstream's socket is closed, the slot comes free. Late news is fine."""
-        self._perform(self.core.cancel(flight.spec.id, self._loop.time()))
+        """Nobody wants the answer any more: the upstream's socket is closed, the slot comes free. Too late is fine."""
+        if flight.spec.id in self.flights:
+            self._perform(self.core.cancel(flight.spec.id, self._loop.time()))
 
     def upstream_changed(self, info: UpstreamInfo) -> None:
         """An upstream is new, came back, went down (no slots), or serves other models."""
@@ -359,6 +360,8 @@ class Dispatcher:
         slice_ = action.slice
         flight = self.flights[slice_.job.spec.id]
         flight.job = slice_.job
+        if flight.renew is not None:
+            flight.answer, flight.renew = flight.renew(), None
         call = _Call(slice_, flight, self._loop.time())
         self._calls[slice_.id] = call
         call.task = spawn(self._serve(call), name=f"slice {slice_.id}")
@@ -388,7 +391,9 @@ class Dispatcher:
         priority = slice_.priority if upstream.capabilities.orders else None
         call.asked = True
         order = answer.call(slice_.limit, model=model, priority=priority, window=slice_.window)
-        async with upstream.open(order, request_id=f"{job_id}-{slice_.id}") as session:
+        # An answer that comes in one piece is silent until it is complete, however long that takes.
+        patient = answer.mode is Mode.WHOLE and not order.stream
+        async with upstream.open(order, request_id=f"{job_id}-{slice_.id}", patient=patient) as session:
             if order.stream:
                 await self._stream(call, session)
             else:

@@ -38,7 +38,7 @@ class Flight:
 
     __slots__ = (
         "answer", "channel", "class_name", "describe", "error", "estimates", "first_estimate", "job",
-        "legs", "refining", "request", "spec",
+        "legs", "refining", "renew", "request", "spec",
     )  # fmt: skip
 
     def __init__(
@@ -65,3 +65,5 @@ class Flight:
         self.first_estimate: Estimate | None = None
         self.legs: list[Leg] = []
         self.refining = False
+        self.renew: Callable[[], Answer] | None = None
+        """Makes the answer anew before the first call, where it was made before any upstream was known."""

@@ -77,6 +77,8 @@ class Handlers:
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Route by method and exact path; the rest of /v1 is relayed."""
         path = request.rel_url.raw_path
+        if "Expect" in request.headers:
+            _go_ahead(request)
         handler = self._routes.get((request.method, path))
         if handler is None:
             handler = self._relay if path.startswith("/v1/") else _not_found
@@ -105,9 +107,9 @@ class Handlers:
                 response = await self._stream(request, flight)
             else:
                 response = await self._whole(request, flight)
-        except (asyncio.CancelledError, ConnectionError):
+        finally:
+            # The client has gone, or something broke: nobody wants the rest.
             self._dispatcher.cancel(flight)
-            raise
         if flight.answer.finished:
             self._intake.remember(flight)
         return response
@@ -188,6 +190,12 @@ class _Keepalive:
     def stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+
+
+def _go_ahead(request: web.BaseRequest) -> None:
+    """Tell a client that asks before it sends a large body to send it: its size is judged while it comes."""
+    if request.headers["Expect"].lower() == "100-continue" and request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 def _sink(request: web.BaseRequest) -> Callable[[bytes], bool]:

@@ -71,11 +71,7 @@ class Intake:
         """
         model = self._model(request.model)
         able = self._directory.capabilities(model)
-        mode, reason = continuation(request, able)
-        lore = self._lore.get(model)
-        if lore is None:
-            lore = self._lore[model] = Lore()
-        answer = Answer(request, mode, reason=reason, context=able.context.get(model), model=model, lore=lore)
+        answer = self._answer(request, model, able)
         class_name, rank = self._class(headers.get("X-Elis-Class"))
         conversation = self._conversation(request)
         job_id = f"{self._prefix}-{next(self._count):x}"
@@ -88,11 +84,23 @@ class Intake:
             limit=answer.limit,
             rank=rank,
             deadline=self._deadline(headers.get("X-Elis-Deadline")),
-            sliceable=mode is not Mode.WHOLE,
+            sliceable=answer.mode is not Mode.WHOLE,
             conversation=conversation or (job_id if request.chat else None),
         )
         describe = self._describe if headers.get("X-Elis-Debug") == "1" else None
-        return Flight(spec, request, answer, class_name=class_name, describe=describe)
+        flight = Flight(spec, request, answer, class_name=class_name, describe=describe)
+        if not able.models:
+            # No upstream of this model has been heard of yet. By the first call one has.
+            flight.renew = lambda: self._answer(request, model, self._directory.capabilities(model))
+        return flight
+
+    def _answer(self, request: Request, model: str, able: Capabilities) -> Answer:
+        mode, reason = continuation(request, able)
+        lore = self._lore.get(model)
+        if lore is None:
+            lore = self._lore[model] = Lore()
+        context = able.context.get(model)
+        return Answer(request, mode, reason=reason, context=context, model=model, lore=lore)
 
     def remember(self, flight: Flight) -> None:
         """The answer is complete: the next turn of this conversation will begin with what we saw of it."""

@@ -86,7 +86,7 @@ class EngineUpstream:
         self._timer: asyncio.TimerHandle | None = None
         self._count = 0
 
-    def open(self, call: Call, *, request_id: str) -> _Session:
+    def open(self, call: Call, *, request_id: str, patient: bool = False) -> _Session:
         self._count += 1
         return _Session(self, self._count, orjson.loads(call.body))
 

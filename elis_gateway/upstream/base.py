@@ -65,5 +65,6 @@ class Upstream(Protocol):
     @property
     def capabilities(self) -> Capabilities: ...
 
-    def open(self, call: Call, *, request_id: str) -> Session:
-        """Prepare a call; nothing is sent before the session is entered. ``request_id``: one per slice."""
+    def open(self, call: Call, *, request_id: str, patient: bool = False) -> Session:
+        """Prepare a call; nothing is sent before the session is entered. ``request_id``: one per slice. ``patient``:
+        silence is no stall, because the whole answer comes at once."""

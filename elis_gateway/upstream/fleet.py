@@ -17,7 +17,7 @@ from elis_gateway.tasks import spawn
 from elis_gateway.upstream.base import Capabilities
 from elis_gateway.upstream.health import Health
 from elis_gateway.upstream.http import HttpUpstream
-from elis_gateway.upstream.probe import probe
+from elis_gateway.upstream.probe import LLAMA_CPP, probe
 
 __all__ = ["Fleet"]
 
@@ -240,7 +240,8 @@ def _least(able: list[Capabilities], model: str) -> Capabilities:
     return Capabilities(
         models=frozenset({model}),
         context={model: min(contexts)} if contexts else {},
-        ids=all(c.ids for c in able),
+        # The dialects by which ids are told differ: a job cannot go from one to the other.
+        ids=all(c.ids for c in able) and len({c.kind == LLAMA_CPP for c in able}) == 1,
         text=all(c.ids or c.text for c in able),
         orders=all(c.orders for c in able),
         chat_parser=any(c.chat_parser for c in able),

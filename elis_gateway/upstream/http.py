@@ -84,9 +84,9 @@ class HttpUpstream:
             await self._client.close()
             self._client = None
 
-    def open(self, call: Call, *, request_id: str) -> HttpSession:
+    def open(self, call: Call, *, request_id: str, patient: bool = False) -> HttpSession:
         """Prepare a call; nothing is sent before the session is entered."""
-        return HttpSession(self, call, request_id)
+        return HttpSession(self, call, request_id, 0.0 if patient else self.settings.timeouts.first_byte)
 
     def url(self, path: str) -> URL:
         """The address of ``path``, which starts with a slash; percent-encoding in it is left alone."""
@@ -131,7 +131,7 @@ class HttpSession:
         "_task", "_timer", "_upstream",
     )  # fmt: skip
 
-    def __init__(self, upstream: HttpUpstream, call: Call, request_id: str) -> None:
+    def __init__(self, upstream: HttpUpstream, call: Call, request_id: str, first_byte: float) -> None:
         self._upstream = upstream
         self._call = call
         self._request_id = request_id
@@ -142,13 +142,14 @@ class HttpSession:
         self._task: asyncio.Task[object] | None = None
         self._loop = asyncio.get_running_loop()
         self._heard = 0.0
-        self._limit = 0.0
+        self._limit = first_byte
+        """Seconds of silence that are borne; 0: any."""
         self._stalled = False
         self._done = False
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.current_task()
-        self._watch(self._upstream.settings.timeouts.first_byte)
+        self._watch(self._limit)
         try:
             response = await self._post()
             if response.status != 200:

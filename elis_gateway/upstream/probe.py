@@ -19,9 +19,10 @@ from elis_gateway.upstream.base import Capabilities
 from elis_gateway.upstream.http import HttpSession, HttpUpstream
 from elis_gateway.wire.continuation import Call
 
-__all__ = ["probe"]
+__all__ = ["LLAMA_CPP", "probe"]
 
 _log = logging.getLogger("elis_gateway.upstream")
+LLAMA_CPP = "llama.cpp"
 _COMPLETIONS = "/v1/completions"
 _PATIENCE = 30.0
 """Longest wait for one probing call: the engine may be full of other people's work."""
@@ -41,9 +42,10 @@ async def probe(upstream: HttpUpstream, *, orders: bool = False) -> Capabilities
     models = frozenset(settings.models) or frozenset(listed)
     context = {name: length for name in models if (length := settings.context or listed.get(name))}
     model = min(models, default=None)
+    kind = await _kind(upstream)
     ids = settings.continuation == "ids"
     if settings.continuation == "auto" and model is not None:
-        ids = await _returns_ids(upstream, model)
+        ids = await (_shows_ids if kind == LLAMA_CPP else _returns_ids)(upstream, model)
     ordering = settings.engine_priority == "on"
     if settings.engine_priority == "auto" and orders and model is not None:
         ordering = await _orders(upstream, model, settings.slots)
@@ -54,7 +56,7 @@ async def probe(upstream: HttpUpstream, *, orders: bool = False) -> Capabilities
         text=settings.continuation == "text",
         orders=ordering,
         chat_parser=settings.chat_parser,
-        kind=await _kind(upstream),
+        kind=kind,
     )
 
 
@@ -71,7 +73,7 @@ def _models(body: bytes) -> dict[str, int | None]:
 
 
 async def _kind(upstream: HttpUpstream) -> str:
-    for path, sign, kind in (("/version", b'"version"', "vllm"), ("/props", b'"total_slots"', "llama.cpp")):
+    for path, sign, kind in (("/version", b'"version"', "vllm"), ("/props", b'"total_slots"', LLAMA_CPP)):
         try:
             if sign in await upstream.get(path):
                 return kind
@@ -82,18 +84,30 @@ async def _kind(upstream: HttpUpstream) -> str:
 
 async def _returns_ids(upstream: HttpUpstream, model: str) -> bool:
     """One token, twice: once to see that ids come back, once to see that ids are taken as they are."""
-    first = await _complete(upstream, model, "Hello")
+    first = await _complete(upstream, model, "Hello", return_token_ids=True)
     prompt, answer = _ids(first)
     if not prompt or not answer:
         return False
-    again, _ = _ids(await _complete(upstream, model, prompt + answer))
+    again, _ = _ids(await _complete(upstream, model, prompt + answer, return_token_ids=True))
     return again == prompt + answer
 
 
-async def _complete(upstream: HttpUpstream, model: str, prompt: str | list[int]) -> Any:
-    body = {
-        "model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "return_token_ids": True,
-    }  # fmt: skip
+async def _shows_ids(upstream: HttpUpstream, model: str) -> bool:
+    """llama.cpp: ids come beside log-probabilities, and a prompt may mix texts and ids."""
+    first = _shown(await _complete(upstream, model, "Hello", logprobs=1))
+    return first is not None and _shown(await _complete(upstream, model, ["Hello", first], logprobs=1)) is not None
+
+
+def _shown(answer: Any) -> int | None:
+    choice = next(iter(_list(answer, "choices")), None)
+    logprobs = choice.get("logprobs") if isinstance(choice, dict) else None
+    entry = next(iter(_list(logprobs, "content")), None)
+    found = entry.get("id") if isinstance(entry, dict) else None
+    return found if isinstance(found, int) else None
+
+
+async def _complete(upstream: HttpUpstream, model: str, prompt: str | list[Any], **fields: Any) -> Any:
+    body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0, **fields}
     try:
         async with asyncio.timeout(_PATIENCE), upstream.open(_call(body, stream=False), request_id="probe") as session:
             return _json(await session.whole())

@@ -82,8 +82,10 @@ class Relay:
     ) -> web.StreamResponse:
         headers = _request_headers(request.headers, upstream)
         data: bytes | aiohttp.StreamReader | None = request.content if streamed else body
-        if not streamed:
+        if not streamed or headers.popall("Content-Encoding", None) is not None:
+            # The body is counted anew: what came compressed has been unpacked on the way in.
             headers.popall("Content-Length", None)
+            headers.popall("Content-Encoding", None)
         timeout = aiohttp.ClientTimeout(
             total=None,
             sock_connect=upstream.settings.timeouts.connect or None,

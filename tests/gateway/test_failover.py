@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -42,6 +43,11 @@ async def test_an_engine_that_never_answers_is_given_up() -> None:
     async with world(upstream={"timeouts": {"inter_token": 5, "first_byte": 0.2}}) as w:
         w.engine.faults.add(Fault("hang"))
         await w.check(COMPLETIONS, {**BODIES[COMPLETIONS], "stream": True})
+
+
+async def test_an_answer_in_one_piece_may_take_longer_than_a_first_byte() -> None:
+    async with world(paced(400), upstream={"timeouts": {"inter_token": 0.1, "first_byte": 0.1}}) as w:
+        await w.check(COMPLETIONS, {**BODIES[COMPLETIONS], **WHOLE})
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
@@ -156,3 +162,16 @@ async def test_a_backlog_survives_the_death_of_an_engine() -> None:
 
 def _done(w: World) -> int:
     return len(w.gateway.journal.recent(1000))
+
+
+async def test_what_came_before_any_upstream_was_known_is_served_as_the_upstream_can() -> None:
+    """The gateway started first; the engine that then appears returns no token ids."""
+    plain = replace(AT_ONCE, token_ids=False)
+    async with world(plain, upstream={"models": ["sim"]}, silent=True) as w:
+        assert not w.gateway.fleet.models
+        asking = spawn(w.check(COMPLETIONS, {**BODIES[COMPLETIONS], "stream": True}), name="early")
+        await until(lambda: w.gateway.core.waiting() == 1)
+        await w.engine.start()
+        await asking
+        assert [record.max_tokens for record in w.engine.log][-1] == 200
+        assert w.gateway.journal.recent(1)[0]["sliced"] == "no; no_token_ids"

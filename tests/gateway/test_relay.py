@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -131,3 +132,14 @@ async def test_with_no_upstream_left_the_answer_is_503() -> None:
             assert response.status == 503
             assert response.headers["Retry-After"]
         await engine.start()
+
+
+async def test_a_compressed_body_arrives_unpacked_and_says_so() -> None:
+    packed = gzip.compress(b'{"model": "a"}' * 50)
+    for kind in ("application/octet-stream", "application/json"):
+        async with behind("a") as (url, (engine,), session):
+            sent = {"Content-Type": kind, "Content-Encoding": "gzip"}
+            async with session.post(url + "/v1/thing", data=packed, headers=sent) as response:
+                await response.read()
+            assert engine.bodies[-1] == b'{"model": "a"}' * 50
+            assert "Content-Encoding" not in engine.headers

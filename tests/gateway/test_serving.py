@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import orjson
@@ -190,3 +191,16 @@ async def test_the_next_turn_goes_where_the_conversation_is_warm() -> None:
             home.log.clear()
             await w.check(CHAT, {**first, "messages": turns})
             assert len(home.log) == 1
+
+
+async def test_a_client_that_asks_before_sending_is_told_to_go_ahead() -> None:
+    body = orjson.dumps(BODIES[COMPLETIONS])
+    async with world() as w:
+        reader, writer = await asyncio.open_connection("127.0.0.1", w.gateway.port)
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n"
+        writer.write(head.encode())
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(body)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        writer.close()
+        await writer.wait_closed()

@@ -95,8 +95,11 @@ async def until(condition: Callable[[], bool], *, within: float = 5.0) -> float:
 
 
 @asynccontextmanager
-async def world(*configs: ServerConfig, slots: int = 4, upstream: Any = None, **sections: Any) -> AsyncIterator[World]:
-    """``upstream``: settings of every upstream; other keywords: sections of the configuration."""
+async def world(
+    *configs: ServerConfig, slots: int = 4, upstream: Any = None, silent: bool = False, **sections: Any
+) -> AsyncIterator[World]:
+    """``upstream``: settings of every upstream; other keywords: sections of the configuration. ``silent``: the engines
+    are stopped before the gateway starts."""
     async with AsyncExitStack() as stack:
         engines = [await stack.enter_async_context(SimServer(c)) for c in configs or (AT_ONCE,)]
         health = {"interval": 0.05, "up_after": 1}
@@ -108,6 +111,9 @@ async def world(*configs: ServerConfig, slots: int = 4, upstream: Any = None, **
             "upstreams": upstreams,
             **sections,
         }
+        if silent:
+            for engine in engines:
+                await engine.stop()
         gateway = Gateway(from_mapping(settings), reload=lambda: from_mapping(settings))
         await gateway.start()
         for engine in engines:

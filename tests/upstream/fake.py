@@ -96,7 +96,7 @@ class FakeUpstream:
         self.scripts: list[list[Step]] = []
         self.sessions: list[FakeSession] = []
 
-    def open(self, call: Call, *, request_id: str) -> FakeSession:
+    def open(self, call: Call, *, request_id: str, patient: bool = False) -> FakeSession:
         steps = self.scripts.pop(0) if self.scripts else self._as_asked(call)
         session = FakeSession(self, call, steps)
         self.sessions.append(session)
