@@ -255,6 +255,7 @@ def main() -> None:
 
 @main.command("live")
 @click.option("--engine", "kind", type=click.Choice(["vllm", "embedded"]), default="embedded", show_default=True)
+@click.option("--url", help="A vLLM that runs already (python -m benchmarks.vllm_engine serve --priority).")
 @click.option("--slots", type=int, help="Default: 4 for vLLM, 16 for the embedded engine.")
 @click.option("--model", default="default", show_default=True, help="Engine model of the embedded engine.")
 @click.option("--speed", default=1.0, show_default=True, help="Modelled seconds per real one (embedded engine).")
@@ -269,6 +270,7 @@ def main() -> None:
 @click.option("--logs", type=click.Path(path_type=Path), help="Folder that keeps the processes' logs.")
 def live_command(
     kind: str,
+    url: str | None,
     slots: int | None,
     model: str,
     speed: float,
@@ -292,7 +294,7 @@ def live_command(
         folder = logs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         if kind == "vllm":
-            engine = stack.enter_context(live.real(folder, slots))
+            engine = stack.enter_context(live.real(folder, slots, url))
         else:
             engine = stack.enter_context(live.embedded(folder, slots, model, speed))
         urls: dict[str, tuple[str, str | None]] = {STRAIGHT: (engine.url, None)}

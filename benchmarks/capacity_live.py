@@ -18,12 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import aiohttp
 import orjson
 import uvloop
 import yaml
 
+from benchmarks.capacity_probe import Spent, session_of
 from benchmarks.vllm_engine import MODEL, vllm
 from elis_gateway.errors import UpstreamUnavailable
 from elis_gateway.sim.engine import EngineModel
@@ -67,16 +69,23 @@ class Engine(NamedTuple):
     slots: int
     name: str
     """What stands in the results."""
+    session: int | None = None
+    """The process session whose processor time is the engine's; None: not watched."""
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def real(folder: Path, slots: int) -> Iterator[Engine]:
-    """vLLM on this machine's CPU. It orders its queue by priority; requests that name none are first come."""
-    with vllm(slots=slots, priority=True, log=folder / "vllm.log") as url:
-        yield Engine(url, MODEL, slots, f"vLLM 0.32 (CPU, float32), {slots} slots")
+def real(folder: Path, slots: int, url: str | None) -> Iterator[Engine]:
+    """vLLM on this machine's CPU, ``url`` where one runs already. It orders its queue by priority; requests that name
+    none are first come."""
+    name = f"vLLM 0.32 (CPU, float32), {slots} slots"
+    if url is not None:
+        yield Engine(url, MODEL, slots, name, session_of(urlsplit(url).port or 80))
+        return
+    with vllm(slots=slots, priority=True, log=folder / "vllm.log") as made:
+        yield Engine(made, MODEL, slots, name, session_of(urlsplit(made).port or 80))
 
 
 @contextmanager
@@ -208,18 +217,21 @@ def backlog(engine: Engine, url: str, requests: Sequence[Request], outstanding: 
                     rows.append(row)
                     await target.send(request, row)
 
+            spent = Spent(engine.url, engine.session, start=start)
+            watching = spawn(spent.watch(session), name="watch the engine")
             tasks = []
             for n in range(outstanding):
                 tasks.append(spawn(client(), name=f"client {n}"))
                 await asyncio.sleep(0.003)  # so that they arrive in this order
             for task in tasks:
                 await task
-        return _under_backlog(rows, target.arrived, engine.slots)
+            watching.cancel()
+        return _under_backlog(rows, target.arrived, engine.slots, spent)
 
     return uvloop.run(run())
 
 
-def _under_backlog(rows: Sequence[Row], arrived: Sequence[tuple[float, int]], slots: int) -> Figures:
+def _under_backlog(rows: Sequence[Row], arrived: Sequence[tuple[float, int]], slots: int, spent: Spent) -> Figures:
     errors = [row.error for row in rows if row.error]
     if errors:
         return {"errors": len(errors), "rate": float("nan"), "first_error": errors[0]}  # type: ignore[dict-item]
@@ -236,6 +248,7 @@ def _under_backlog(rows: Sequence[Row], arrived: Sequence[tuple[float, int]], sl
         "begun": begun,
         "errors": 0,
         "finished_after": ends[-1],
+        **spent.between(full, over),
     }
 
 

@@ -78,36 +78,32 @@ def _table(found: Sequence[Row]) -> Table:
     return table
 
 
+_PER = {"second": "seconds", "engine CPU second": "cpu", "step": "steps"}
+"""What tokens are divided by, and the figure that says how much of it there was."""
+
+
 def _capacity(table: Table) -> None:
     """Ratios to the mean of the two straight runs of the same repeat."""
-    both = {
-        n: (table[STRAIGHT][n]["rate"], table[AGAIN][n]["rate"])
-        for n in sorted(table[STRAIGHT])
-        if n in table.get(AGAIN, {})
-    }
-    print(
-        f"{'':18}{'tokens/s':>9}  {'over straight (95 %)':24}{'seconds':>8}{'begun/1000 tok':>16}"
-        f"{'calls':>7}{'preempt':>8}"
-    )
-    for name, runs in table.items():
-        if name == AGAIN:
-            ratios = [pair[1] / pair[0] for pair in both.values()]
-            label = "A/A"
-        else:
-            ratios = [runs[n]["rate"] / fmean(both[n]) for n in both if n in runs]
-            label = name
-        if not ratios:
+    both = [n for n in sorted(table[STRAIGHT]) if n in table.get(AGAIN, {})]
+    for per, figure in _PER.items():
+        if not all(run.get(figure) for runs in table.values() for run in runs.values()):
             continue
-        if name == STRAIGHT:
-            cell = ""
-        else:
-            mean, half = interval(ratios)
-            cell = f"{mean:.4f} ± {half:.4f} (n={len(ratios)})"
-        begun = fmean(1000 * run["begun"] / run["tokens"] for run in runs.values())
-        print(
-            f"{label:18}{_mean(runs, 'rate'):9.1f}  {cell:24}{_mean(runs, 'seconds'):8.1f}{begun:16.2f}"
-            f"{_mean(runs, 'calls'):7.0f}{_mean(runs, 'preemptions'):8.1f}"
-        )
+        rates = {name: {n: run["tokens"] / run[figure] for n, run in runs.items()} for name, runs in table.items()}
+        title = f"tokens per {per}"
+        print(f"{title:35}  {'over straight (95 %)':26}{'begun/1000 tok':>15}{'calls':>7}{'preempt':>9}")
+        for name, runs in table.items():
+            if name == AGAIN:
+                ratios = [rates[AGAIN][n] / rates[STRAIGHT][n] for n in both]
+            else:
+                ratios = [rates[name][n] / fmean((rates[STRAIGHT][n], rates[AGAIN][n])) for n in both if n in runs]
+            mean, half = interval(ratios) if ratios else (float("nan"), float("nan"))
+            cell = "" if name == STRAIGHT else f"{mean:.4f} ± {half:.4f} (n={len(ratios)})"
+            begun = fmean(1000 * run["begun"] / run["tokens"] for run in runs.values())
+            label = "A/A" if name == AGAIN else name
+            print(
+                f"  {label:24}{fmean(rates[name].values()):9.2f}  {cell:26}{begun:15.2f}"
+                f"{_mean(runs, 'calls'):7.0f}{_mean(runs, 'preemptions'):9.1f}"
+            )
 
 
 def _completion(table: Table) -> None:
