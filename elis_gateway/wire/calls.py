@@ -14,7 +14,7 @@ import orjson
 from elis_gateway.wire.openai import Request, Route
 from elis_gateway.wire.parameters import CARRIED
 
-__all__ = ["BLIND_LIMIT", "COMPLETIONS_DEFAULT", "Call", "by_ids", "by_text", "detokenize", "first", "own", "shortens"]
+__all__ = ["BLIND_LIMIT", "COMPLETIONS_DEFAULT", "Call", "by_ids", "by_text", "detokenize", "first", "own"]
 
 COMPLETIONS_DEFAULT = 16
 """``max_tokens`` of a completion that names none: OpenAI's default and vLLM's."""
@@ -40,14 +40,6 @@ def own(request: Request, model: str, priority: int | None) -> Call:
     return Call(request.route.value, orjson.dumps(_ours(body, model, priority)), request.stream)
 
 
-def shortens(request: Request, limit: int) -> bool:
-    """Is this fewer tokens than the client's own request would allow?"""
-    own = request.max_tokens
-    if own is None and not request.chat:
-        own = COMPLETIONS_DEFAULT
-    return own is None or limit < own
-
-
 def first(
     request: Request, model: str, priority: int | None, limit: int | None, *, ids: bool, whole_stops: bool
 ) -> Call:
@@ -69,15 +61,9 @@ def first(
 
 
 def by_ids(
-    request: Request,
-    model: str,
-    priority: int | None,
-    limit: int,
-    prompt: Sequence[int | str],
-    attained: int,
-    *,
-    stream: bool,
-) -> Call:
+    request: Request, model: str, priority: int | None, limit: int, prompt: Sequence[int | str] | str, attained: int,
+    *, stream: bool, whole_stops: bool,
+) -> Call:  # fmt: skip
     """Go on after ``prompt`` (the prompt's and the answer's token ids, of which ``attained`` are the answer's)."""
     body = _carried(request.body, model, priority)
     body["prompt"] = prompt
@@ -86,7 +72,7 @@ def by_ids(
         _streamed(body, request, True)
     elif request.wants_ids:
         body["return_token_ids"] = True
-    _stops(body, request, True)
+    _stops(body, request, whole_stops)
     return Call(Route.COMPLETIONS.value, orjson.dumps(body), stream)
 
 

@@ -39,6 +39,7 @@ from elis_gateway.wire.calls import Call
 from elis_gateway.wire.dialects import Boundary, ById, ByText, Dialect, Lore, Mode
 from elis_gateway.wire.encode import Encoder, blank
 from elis_gateway.wire.ledger import Ledger
+from elis_gateway.wire.llamacpp import LlamaCpp
 from elis_gateway.wire.openai import Request
 from elis_gateway.wire.problems import error_body
 from elis_gateway.wire.sse import DONE, DONE_EVENT, comment, encode
@@ -49,6 +50,12 @@ __all__ = ["Answer", "Call", "Lore", "Mode"]
 UNARY_LIMIT = 64
 """Without windows, most tokens a non-streaming client's answer may have to be fetched as one JSON document: what is
 lost if the upstream dies half-way."""
+
+_NOTHING = 16
+"""Where the limit is not known: a call for so many tokens that brings none has met the end of the context."""
+
+_NULL = b"null"
+"""llama.cpp's event for a step that shows nothing."""
 
 _MALFORMED = (orjson.JSONDecodeError, AttributeError, KeyError, TypeError, IndexError, ValueError)
 
@@ -61,10 +68,11 @@ class Answer:
     """
 
     __slots__ = (
-        "_asked", "_careful", "_context", "_dialect", "_encoder", "_first", "_foreign", "_grow", "_ledger", "_lore",
-        "_opened", "_ours", "_plain", "_preamble", "_probing", "_restart", "_same", "_seam", "_start", "_stream",
-        "_unary", "_usage", "_usage_shown", "_whole", "attained", "committed", "error", "finish_reason", "finished",
-        "limit", "mode", "over", "prompt_tokens", "reason", "request", "started", "stop_reason",
+        "_asked", "_careful", "_context", "_dialect", "_encoder", "_first", "_foreign", "_grow", "_implied",
+        "_inquiring", "_ledger", "_lore", "_opened", "_ours", "_owed", "_plain", "_preamble", "_restart", "_retry",
+        "_same", "_seam", "_start", "_stream", "_unary", "_usage", "_usage_shown", "_whole", "attained", "committed",
+        "error", "finish_reason", "finished", "limit", "mode", "over", "prompt_tokens", "reason", "request", "started",
+        "stop_reason",
     )  # fmt: skip
 
     def __init__(
@@ -77,7 +85,10 @@ class Answer:
         model: str = "",
         default_limit: int | None = None,
         lore: Lore | None = None,
+        engine: str = "vllm",
     ) -> None:
+        """``context``: the engine's context length in tokens, where known. ``default_limit``: its own ``max_tokens``
+        for a chat that names none. ``engine``: ``llama.cpp`` for its dialect, anything else for vLLM's."""
         self.request = request
         self.mode = mode
         """How the answer goes on after a seam; becomes WHOLE where the request turns out to need that."""
@@ -85,10 +96,6 @@ class Answer:
         """Why ``mode`` is WHOLE."""
         self.attained = 0
         """Kept tokens: what the answer would have if the call ended now. Exact with ids, else by usage or deltas."""
-        self.limit = request.max_tokens
-        """Most tokens the answer may have; falls once the prompt's length is known."""
-        if self.limit is None:
-            self.limit = default_limit if request.chat else calls.COMPLETIONS_DEFAULT
         self.prompt_tokens: int | None = None
         self.committed = False
         """Has any byte of the answer been handed out?"""
@@ -99,9 +106,21 @@ class Answer:
         self._lore = lore if lore is not None else Lore()
         self._encoder = Encoder(request)
         self._ledger = Ledger(request.stop)
-        self._dialect: Dialect = ByText(request) if mode is Mode.TEXT else ById(request, self._lore)
+        self._dialect: Dialect = (
+            ByText(request) if mode is Mode.TEXT
+            else LlamaCpp(request) if engine == "llama.cpp"
+            else ById(request, self._lore)
+        )  # fmt: skip
+        self._implied = request.max_tokens
+        """Tokens the engine would stop at by itself, as far as the request says."""
+        if self._implied is None and not request.chat:
+            self._implied = self._dialect.completions_default
+        self.limit = default_limit if self._implied is None and request.chat else self._implied
+        """Most tokens the answer may have; falls once the prompt's length is known."""
         self._preamble = b""
         """The role chunk of a chat stream, sent with the first text."""
+        self._owed = b""
+        """The event that ends the answer, where the engine did not send one."""
         self._whole = b""
         """The engine's own document, where it is the answer."""
         self._usage: dict[str, Any] | None = None
@@ -113,7 +132,7 @@ class Answer:
         self._begin(None)
         if request.unsliceable is not None:
             self._go_whole(request.unsliceable)
-        elif request.max_tokens is not None and context is not None and request.max_tokens > context:
+        elif self._dialect.exact and request.max_tokens is not None and request.max_tokens > (context or 1 << 62):
             self._go_whole("max_tokens beyond the context")  # the engine refuses that, in its own words
 
     @property
@@ -143,20 +162,19 @@ class Answer:
         remaining = None if self.limit is None else max(self.limit - self.attained, 1)
         asked = None if slice_limit is None else max(slice_limit, self._grow)
         if self.attained < self._careful:
-            asked = 1
+            asked = max(self._grow, 1)
         if remaining is not None and (asked is None or asked > remaining):
             asked = remaining
         self._begin(asked)
-        if self._ledger.unsure:
-            probe = self._dialect.probe(model, self._ledger.tokens, self._ledger.unsure)
-            if probe is not None:
-                self._probing = True
-                return probe
-            self._settle(True)
         if self.mode is Mode.WHOLE:
             self._unary = not request.stream
             return calls.own(request, model, priority)
         ledger = self._ledger
+        inquiry = self._dialect.inquire(model, ledger)
+        if inquiry is not None:
+            self._inquiring = True
+            return inquiry
+        self._start = self.attained = ledger.count
         self._first = not (self._dialect.known_prompt or ledger.text)
         self._same = self._first or not request.chat or self.mode is Mode.TEXT
         self._unary = remaining is not None and asked == remaining and self._may_be_unary(remaining, window)
@@ -165,7 +183,7 @@ class Answer:
             return self._dialect.more(model, priority, asked, tokens, text, self.attained, stream=not self._unary)
         if self._unary:
             return calls.own(request, model, priority)
-        self._ours = asked is not None and calls.shortens(request, asked)
+        self._ours = asked is not None and (self._implied is None or asked < self._implied)
         return self._dialect.first(model, priority, asked if self._ours else None)
 
     def _may_be_unary(self, remaining: int, window: int | None) -> bool:
@@ -189,7 +207,9 @@ class Answer:
         """Chunks of this call carry another identity than the answer's."""
         self._first = self._same = True
         """This call reads the client's own request; its chunks have the form of the client's route."""
-        self._opened = self._seam = self._restart = self._unary = self._ours = self._plain = self._probing = False
+        self._opened = self._seam = self._retry = self._restart = self._unary = self._ours = self._plain = (
+            self._inquiring
+        ) = False
         # _seam: the engine ended the call at a limit of ours. _plain: nothing stands between a delta and the client.
 
     def refused(self, status: int, body: bytes) -> bool:
@@ -198,8 +218,8 @@ class Answer:
         Then the request is repeated as the client's own, so that its answer or its refusal is the engine's own. False:
         the client asked for it.
         """
-        if self._probing:
-            self._lore.can_detokenize = False
+        if self._inquiring:
+            self._dialect.informed(None, self._ledger)
             return True
         if self.mode is Mode.WHOLE or self._unary or not self._first or self.committed:
             return False
@@ -250,7 +270,7 @@ class Answer:
         streams, hides_ids = self.request.stream, not self.request.wants_ids
         ledger, closed, encoder = self._ledger, self._lore.closed, self._encoder
         for payload in payloads:
-            if payload == DONE:
+            if payload in (DONE, _NULL):
                 continue
             chunk = orjson.loads(payload)
             choices = chunk.get("choices")
@@ -291,14 +311,19 @@ class Answer:
         finish: str | None = choice.get("finish_reason")
         reason = choice.get("stop_reason")
         if not self._opened:
-            self._open(chunk, choice)
-        if not text and finish is None and not choice.get("token_ids") and self._is_bare(chunk, choice):
-            return
+            self._opened = True
+            self._encoder.open(chunk)
+            self._foreign = self._encoder.name is not None or chunk.get("id") != self._encoder.id
+        if self._first and self.prompt_tokens is None:
+            self._learn_prompt(chunk, choice)
         read = None if _parsed(choice) else self._dialect.read(chunk, choice, text)
         if read is None:
             self._give_up()
             return
         tokens, count = read
+        if not text and not count and finish is None:
+            self._bare(chunk, choice)
+            return
         ledger = self._ledger
         self.started = True
         if ledger.stops is not None and finish == "stop" and not isinstance(reason, str) and count == 1:
@@ -308,13 +333,14 @@ class Answer:
         total = ledger.count + ledger.pending + count
         if found.stop is not None:
             exact = count <= 1 or (finish == "stop" and isinstance(reason, str) and found.at_end)
-            if not exact and self.mode is Mode.IDS and self.request.body.get("temperature") == 0:
+            greedy = self.request.body.get("temperature") == 0
+            if not exact and greedy and self._dialect.exact and ledger.count >= self._careful:
                 # Which of these tokens completed it? Take them back and have them again one by one.
                 self._careful = total
-                self.over = self._seam = True
+                self.over = self._seam = self._retry = True
                 return
             self.over = finish is None
-            finish, reason = "stop", found.stop
+            finish, reason = "stop", found.stop if self._dialect.names_stop else None
         elif finish is not None and not self._is_real(finish, total):
             self._seam = True
             finish = reason = None
@@ -322,7 +348,16 @@ class Answer:
         if finish is not None and found.stop is None and ledger.stops is not None:
             shown += ledger.stops.flush()
         if chunk.get("usage"):
+            if finish is not None:
+                self._note_usage(chunk["usage"])
+                if not self._dialect.exact:  # it counts tokens that no delta showed
+                    missing = self._start + (chunk["usage"].get("completion_tokens") or 0) - total
+                    count, total = count + missing, total + missing
             self._correct(chunk, total)
+        self._dialect.undress(chunk, choice, finish is not None)
+        if finish is not None and self._dialect.usage_rides:
+            chunk["usage"] = self._encoder.usage(self.prompt_tokens or 0, total, self._usage)
+            self._usage_shown = True
         if self._seam:
             self._note_fingerprint(chunk.pop("system_fingerprint", None))
         elif finish is not None and not self.request.include_usage:
@@ -330,6 +365,8 @@ class Answer:
             self._note_fingerprint(chunk.get("system_fingerprint"))
             if self._lore.fingerprint is not None:
                 chunk["system_fingerprint"] = self._lore.fingerprint
+        if self._seam and not (shown or count):
+            return
         event = self._render(chunk, choice, shown, tokens, finish, reason) if self.request.stream else b""
         fresh = not (ledger.pending or ledger.unsure)
         ledger.add(text, tokens, count, event)
@@ -345,31 +382,19 @@ class Answer:
         else:
             self._plain = False
 
-    def _open(self, chunk: dict[str, Any], choice: dict[str, Any]) -> None:
-        """The first event of a call: identity, and the prompt's length if this is the call that read it."""
-        self._opened = True
-        self._encoder.open(chunk)
-        self._foreign = self._encoder.name is not None or chunk.get("id") != self._encoder.id
-        if not self._first:
-            return
-        prompt_tokens = self._dialect.open(chunk, choice)
-        if prompt_tokens is not None:
-            self.prompt_tokens = prompt_tokens
-            if self._context is not None:
-                room = self._context - prompt_tokens
-                self.limit = room if self.limit is None else min(self.limit, room)
+    def _learn_prompt(self, chunk: dict[str, Any], choice: dict[str, Any]) -> None:
+        self.prompt_tokens = self._dialect.open(chunk, choice)
+        if self.prompt_tokens is not None and self._context is not None:
+            room = self._context - self.prompt_tokens
+            self.limit = room if self.limit is None else min(self.limit, room)
 
-    def _is_bare(self, chunk: dict[str, Any], choice: dict[str, Any]) -> bool:
+    def _bare(self, chunk: dict[str, Any], choice: dict[str, Any]) -> None:
         """A chunk without any token: a chat's opening one, which names the role, is kept for its first text."""
-        if not self.request.chat or not self._same:
-            return True
-        if (choice.get("delta") or {}).get("role") is None:
-            return False
-        if self._first and self.request.stream and not self.committed:
-            if chunk.get("usage") and not self.request.continuous_usage:
-                chunk.pop("usage")
+        if self._first and self.request.stream and not self.committed and "delta" in choice:
+            if chunk.get("usage"):
+                self._correct(chunk, 0)
+            self._dialect.undress(chunk, choice, False)
             self._preamble = self._encoder.preamble(chunk)
-        return True
 
     def _give_up(self) -> None:
         """Deltas without ids, or parsed into fields: this upstream's answer cannot be continued after all."""
@@ -388,8 +413,10 @@ class Answer:
         if finish != "length" or self._asked is None:
             return True
         remaining = None if self.limit is None else self.limit - self._start
-        if self.mode is Mode.TEXT:  # our count may be off; the engine's is not
-            return total == self._start or (remaining is not None and self._asked >= remaining)
+        if not self._dialect.exact:  # our count may be short; of a call that brings nothing no more will come
+            if remaining is None:
+                return total == self._start and self._asked >= _NOTHING
+            return self._asked >= remaining
         return total - self._start < self._asked or (remaining is not None and total - self._start >= remaining)
 
     def _commit(self, out: list[bytes], sure: bool) -> None:
@@ -433,21 +460,27 @@ class Answer:
         usage = chunk.get("usage")
         if not usage:
             return
-        self._usage = usage
-        if self._first:
-            self._encoder.details = usage.get("prompt_tokens_details")
-            if self.prompt_tokens is None:
-                self.prompt_tokens = usage.get("prompt_tokens")
-        if self.mode is Mode.TEXT and usage.get("completion_tokens"):
-            self._ledger.count = self.attained = self._start + usage["completion_tokens"] - self._ledger.pending
+        self._note_usage(usage)
+        count = usage.get("completion_tokens")
+        recounts = self._dialect.recounts and not self._ledger.pending
+        if count and not self._dialect.exact and (self.finished or recounts):
+            self._ledger.count = self.attained = self._start + count
         if self.finished and self.request.include_usage and not self._usage_shown:
             self._usage_shown = True
             out.append(self._encoder.usage_chunk(self._total_usage(), chunk, self._lore.fingerprint))
 
+    def _note_usage(self, usage: dict[str, Any]) -> None:
+        """A call's own usage: its form, and what it says of the prompt."""
+        self._usage = usage
+        if self._first:
+            self._encoder.details = usage.get("prompt_tokens_details")
+        if self.prompt_tokens is None and usage.get("prompt_tokens"):
+            self.prompt_tokens = usage["prompt_tokens"] - (0 if self._first else self._start)
+
     def feed_whole(self, body: bytes) -> None:
         """Take the response of a call that was not streamed. Raises ``UpstreamUnavailable`` (cause ``garbage``)."""
-        if self._probing:
-            self._probed(body)
+        if self._inquiring:
+            self._informed(body)
             return
         try:
             document = orjson.loads(body)
@@ -470,22 +503,12 @@ class Answer:
             if self.mode is not Mode.WHOLE and self.request.route not in self._lore.documents:
                 self._lore.documents[self.request.route] = blank(document)
 
-    def _probed(self, body: bytes) -> None:
-        try:
-            complete = self._dialect.probed(orjson.loads(body), self._ledger.tokens)
-        except _MALFORMED:
-            self._lore.can_detokenize = False
-            return
-        if complete is not None:
-            self._settle(complete)
-
-    def _settle(self, complete: bool) -> None:
-        """It is known whether the last token has given all its text."""
+    def _informed(self, body: bytes) -> None:
         ledger = self._ledger
-        if complete:
-            ledger.unsure = 0
-        else:
-            ledger.unkeep()
+        try:
+            self._dialect.informed(orjson.loads(body), ledger)
+        except _MALFORMED:
+            self._dialect.informed(None, ledger)
         self.attained = ledger.count - ledger.unsure
 
     # -- ending ---------------------------------------------------------------------------------------------------
@@ -500,8 +523,10 @@ class Answer:
         if self.mode is Mode.WHOLE:
             return self._end_whole(how)
         dropped = self._ledger.drop()
-        if self._probing and how == "finished":
+        if self._inquiring and how == "finished":
             return SliceEnd.WINDOW
+        if self.limit is not None and self._ledger.count >= self.limit and not self._restart:
+            return self._end_at_limit()
         if self._restart:
             self._go_whole("the upstream gives no token ids or parses its answers")
             return SliceEnd.WINDOW
@@ -511,9 +536,18 @@ class Answer:
             return SliceEnd.PREEMPTED
         if how == "broken" or not self._seam:
             return SliceEnd.INTERRUPTED
-        kept = self._ledger.count > self._start or self._ledger.count < self._careful
+        kept = self._ledger.count > self._start or self._retry
         self._grow = 0 if kept else 2 * max(self._asked or 0, dropped, 1)
         return SliceEnd.WINDOW
+
+    def _end_at_limit(self) -> SliceEnd:
+        """Every token has come, but not the event that says so."""
+        self.finished = True
+        self.finish_reason = "length"
+        if self.request.stream:
+            shown = "" if self._ledger.stops is None else self._ledger.stops.flush()
+            self._owed = self._encoder.last(shown, "length")
+        return SliceEnd.FINISHED
 
     def _end_whole(self, how: str) -> SliceEnd:
         if self._stream.complete and self.error is None:
@@ -526,10 +560,10 @@ class Answer:
 
     def close(self, note: str | None = None) -> bytes:
         """The end of a finished stream: usage where the client asked for it and has not seen it, a comment, [DONE]."""
-        out = b""
+        out = self._owed
         if self.mode is not Mode.WHOLE and self.request.include_usage and not self._usage_shown:
             self._usage_shown = True
-            out = self._encoder.usage_chunk(self._total_usage(), None, self._lore.fingerprint)
+            out += self._encoder.usage_chunk(self._total_usage(), None, self._lore.fingerprint)
         if note is not None:
             out += comment(note)
         self.committed = True
@@ -539,7 +573,7 @@ class Answer:
         """A finished answer as the JSON document a non-streaming client waits for."""
         if self._whole:
             return self._whole
-        shape = self._lore.documents.get(self.request.route)
+        shape = self._lore.documents.get(self.request.route, self._dialect.document)
         prompt_ids, ids = self._dialect.prompt_ids, self._ledger.tokens
         usage = self._total_usage()
         return self._encoder.document(

@@ -11,7 +11,9 @@ from typing import Any, Protocol
 
 from elis_gateway.wire import calls
 from elis_gateway.wire.calls import Call
+from elis_gateway.wire.ledger import Ledger
 from elis_gateway.wire.openai import Request, Route
+from elis_gateway.wire.shapes import PLAIN_CHAT, PLAIN_COMPLETION, VLLM_CHAT, VLLM_COMPLETION
 
 __all__ = ["Boundary", "ById", "ByText", "Delta", "Dialect", "Lore", "Mode"]
 
@@ -76,6 +78,30 @@ class Dialect(Protocol):
         """The prompt is known as the engine sees it: the next call may be a continuation even of an empty answer."""
 
     @property
+    def exact(self) -> bool:
+        """Every token is seen, so that counts can tell whose limit ended a call."""
+
+    @property
+    def recounts(self) -> bool:
+        """Its usage at the end of a window is a better count than its deltas."""
+
+    @property
+    def names_stop(self) -> bool:
+        """It says which stop string ended an answer."""
+
+    @property
+    def usage_rides(self) -> bool:
+        """Usage comes with the chunk that ends the answer, asked for or not, and in no chunk of its own."""
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The shape of a whole response, until one was seen."""
+
+    @property
+    def completions_default(self) -> int | None:
+        """``max_tokens`` of a completion that names none."""
+
+    @property
     def prompt_ids(self) -> Sequence[int]:
         """The prompt's ids where they are known, for clients that want them."""
 
@@ -97,11 +123,14 @@ class Dialect(Protocol):
     def boundary(self, text: str, tokens: Sequence[int | str], fresh: bool) -> Boundary:
         """What may be said of the end of this delta. ``fresh``: the delta before it ended at a sure boundary."""
 
-    def probe(self, model: str, tokens: list[int | str], unsure: int) -> Call | None:
-        """A call that tells whether the last of the tokens is complete. None: it must be taken as complete."""
+    def inquire(self, model: str, ledger: Ledger) -> Call | None:
+        """A small call whose answer the next call needs. None: nothing to ask."""
 
-    def probed(self, document: dict[str, Any], tokens: list[int | str]) -> bool | None:
-        """Is it? None: not known yet, probe again."""
+    def informed(self, document: dict[str, Any] | None, ledger: Ledger) -> None:
+        """The answer to ``inquire``; None where the engine does not know the question."""
+
+    def undress(self, chunk: dict[str, Any], choice: dict[str, Any], last: bool) -> None:
+        """Take what only we asked for out of a chunk; ``last``: the answer ends with it."""
 
 
 class ById:
@@ -109,6 +138,11 @@ class ById:
 
     mode = Mode.IDS
     plain = True
+    exact = True
+    recounts = False
+    names_stop = True
+    usage_rides = False
+    completions_default = calls.COMPLETIONS_DEFAULT
 
     __slots__ = ("_alone", "_asked", "_lore", "_request", "prompt_ids")
 
@@ -118,6 +152,10 @@ class ById:
         self._alone = False
         self._asked: int | str | None = None
         self.prompt_ids: list[int] = []
+
+    @property
+    def document(self) -> dict[str, Any]:
+        return VLLM_CHAT if self._request.chat else VLLM_COMPLETION
 
     @property
     def known_prompt(self) -> bool:
@@ -131,7 +169,16 @@ class ById:
         *, stream: bool,
     ) -> Call:  # fmt: skip
         prompt = [*self.prompt_ids, *tokens]
-        return calls.by_ids(self._request, model, priority, limit or calls.BLIND_LIMIT, prompt, count, stream=stream)
+        return calls.by_ids(
+            self._request,
+            model,
+            priority,
+            limit or calls.BLIND_LIMIT,
+            prompt,
+            count,
+            stream=stream,
+            whole_stops=True,
+        )
 
     def open(self, chunk: dict[str, Any], choice: dict[str, Any]) -> int | None:
         # Chat: beside the choices of the role chunk. Completions: in the choice of the first delta.
@@ -154,24 +201,36 @@ class ById:
             self._lore.closed.add(last)
         return Boundary.SURE
 
-    def probe(self, model: str, tokens: list[int | str], unsure: int) -> Call | None:
+    def inquire(self, model: str, ledger: Ledger) -> Call | None:
         """First the last token alone, which teaches something for good; then the end of the text as it stands."""
-        if not self._lore.can_detokenize or not tokens:
+        tokens = ledger.tokens
+        if not ledger.unsure:
+            return None
+        if not self._lore.can_detokenize:
+            ledger.unsure = 0  # as nearly all such deltas end
             return None
         self._alone = tokens[-1] != self._asked
         self._asked = tokens[-1]
         return calls.detokenize(model, tokens[-1:] if self._alone else tokens[-_LONGEST:])
 
-    def probed(self, document: dict[str, Any], tokens: list[int | str]) -> bool | None:
-        complete = not str(document["prompt"]).endswith(_REPLACEMENT)
-        alone, last = self._alone, tokens[-1]
-        if complete and alone and isinstance(last, int) and _REPLACEMENT not in document["prompt"]:
+    def informed(self, document: dict[str, Any] | None, ledger: Ledger) -> None:
+        if document is None:
+            self._lore.can_detokenize = False
+            return
+        text = str(document["prompt"])
+        last = ledger.tokens[-1]
+        if not self._alone:
+            self._asked = None
+            if text.endswith(_REPLACEMENT):
+                ledger.unkeep()
+            else:
+                ledger.unsure = 0
+        elif text and _REPLACEMENT not in text and isinstance(last, int):
             self._lore.closed.add(last)
-            return True
-        if alone:
-            return None
-        self._asked = None
-        return complete
+            ledger.unsure = 0
+
+    def undress(self, chunk: dict[str, Any], choice: dict[str, Any], last: bool) -> None:
+        """Nothing: ids are hidden where chunks are rendered."""
 
 
 class ByText:
@@ -179,6 +238,11 @@ class ByText:
 
     mode = Mode.TEXT
     plain = False
+    exact = False
+    recounts = True
+    names_stop = False
+    usage_rides = False
+    completions_default = calls.COMPLETIONS_DEFAULT
     prompt_ids: Sequence[int] = ()
 
     known_prompt = False
@@ -188,6 +252,10 @@ class ByText:
     def __init__(self, request: Request) -> None:
         self._request = request
         self._counted = 0
+
+    @property
+    def document(self) -> dict[str, Any]:
+        return PLAIN_CHAT if self._request.chat else PLAIN_COMPLETION
 
     def first(self, model: str, priority: int | None, limit: int | None) -> Call:
         self._counted = 0
@@ -208,8 +276,6 @@ class ByText:
     def read(self, chunk: dict[str, Any], choice: dict[str, Any], text: str) -> Delta | None:
         """Tokens by running usage where the engine gives it, else one for every text."""
         usage = chunk.get("usage")
-        if not self._request.continuous_usage:
-            chunk.pop("usage", None)
         if usage:
             new = max(int(usage.get("completion_tokens") or 0) - self._counted, 0)
             self._counted += new
@@ -221,8 +287,12 @@ class ByText:
         # Chat templates trim what they are given to continue, so a kept text must not end in white space.
         return Boundary.NONE if not text or text[-1] == _REPLACEMENT or text[-1].isspace() else Boundary.SURE
 
-    def probe(self, model: str, tokens: list[int | str], unsure: int) -> Call | None:
+    def inquire(self, model: str, ledger: Ledger) -> Call | None:
         return None
 
-    def probed(self, document: dict[str, Any], tokens: list[int | str]) -> bool | None:
-        return True
+    def informed(self, document: dict[str, Any] | None, ledger: Ledger) -> None:
+        """Never asked."""
+
+    def undress(self, chunk: dict[str, Any], choice: dict[str, Any], last: bool) -> None:
+        if not self._request.continuous_usage:
+            chunk.pop("usage", None)

@@ -1,8 +1,7 @@
 """Chunks and documents in the client's shape, with one identity over the whole answer.
 
 An answer's first call gives its id, time, model name and, chunk by chunk, its shape; continuations are calls of their
-own (completions, whatever the client speaks) and are re-dressed here. The shapes below are vLLM 0.32's and stand in
-only where the engine has not shown its own.
+own (completions, whatever the client speaks) and are re-dressed here.
 
 Knows: response shapes of both routes. Never: which text or tokens belong to the answer.
 """
@@ -15,10 +14,13 @@ from typing import Any
 import orjson
 
 from elis_gateway.wire.openai import Request
+from elis_gateway.wire.shapes import DETAILS
 
 __all__ = ["Encoder", "blank"]
 
 _NOTHING: dict[str, Any] = {}
+_PASSED = ("usage", "system_fingerprint")
+"""Fields beside the choices that continue in a chunk of another route."""
 
 
 class Encoder:
@@ -64,10 +66,10 @@ class Encoder:
             for name in ("token_ids", "prompt_token_ids"):
                 if choice.get(name) is not None:
                     choice[name] = None
-        if self._chat:
-            choice["delta"]["content"] = text
-        else:
+        if not self._chat:
             choice["text"] = text
+        elif text or "content" in choice["delta"]:
+            choice["delta"]["content"] = text
         self._finish(choice, finish, stop_reason, "stop_reason" in choice)
         return self._dump(chunk)
 
@@ -83,12 +85,19 @@ class Encoder:
         if self._wants_ids:
             choice["token_ids"] = ids
         self._finish(choice, finish, stop_reason, "stop_reason" in source["choices"][0])
-        for name in ("usage", "system_fingerprint"):
+        for name in _PASSED:
             if source.get(name) is not None:
                 chunk[name] = source[name]
             else:
                 chunk.pop(name, None)
         return b"data: " + orjson.dumps(chunk) + b"\n\n"
+
+    def last(self, text: str, finish: str) -> bytes:
+        """A chunk that ends the answer, where the engine sent none."""
+        if self._chat:
+            return self.dress({"choices": [{}]}, text, (), finish, None)
+        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
+        return self._dump({"id": None, "object": "text_completion", "created": 0, "model": None, "choices": [choice]})
 
     def usage(self, prompt_tokens: int, completion_tokens: int, shape: Mapping[str, Any] | None) -> dict[str, Any]:
         """Usage of the whole answer; ``shape``: the engine's own of some call, for its other fields."""
@@ -119,7 +128,7 @@ class Encoder:
 
     def document(
         self,
-        shape: Mapping[str, Any] | None,
+        shape: Mapping[str, Any],
         text: str,
         usage: Mapping[str, Any],
         finish: str | None,
@@ -129,7 +138,6 @@ class Encoder:
         fingerprint: str | None,
     ) -> bytes:
         """The whole answer as one JSON document; ``shape``: a document of this route with the answer blanked out."""
-        shape = shape or (_CHAT if self._chat else _COMPLETION)
         choice = dict(shape["choices"][0])
         if self._chat:
             choice["message"] = {**choice["message"], "content": text}
@@ -139,10 +147,14 @@ class Encoder:
         if "stop_reason" in choice:
             choice["stop_reason"] = stop_reason
         document = {**shape, "id": self.id, "created": self.created, "model": self.model, "choices": [choice]}
-        document["system_fingerprint"] = fingerprint
+        if fingerprint is not None or "system_fingerprint" in shape:
+            document["system_fingerprint"] = fingerprint
         document["usage"] = {**shape["usage"], **usage}
-        if isinstance(details := usage.get("prompt_tokens_details"), dict):
-            document["usage"]["prompt_tokens_details"] = {**_DETAILS, **details}
+        if (
+            isinstance(details := usage.get("prompt_tokens_details"), dict)
+            and "completion_tokens_details" in shape["usage"]
+        ):
+            document["usage"]["prompt_tokens_details"] = {**DETAILS, **details}  # streams leave out what is null
         if self._wants_ids:
             choice["token_ids"] = ids
             (document if self._chat else choice)["prompt_token_ids"] = prompt_ids
@@ -158,7 +170,7 @@ class Encoder:
         """Keep the shape of a delta of the client's own route."""
         if self._chunk is None and self._chat and choice.get("finish_reason") is None:
             self._chunk, self._choice = self._copy(chunk, choice)
-            self._chunk["model"] = self.model
+            self._chunk.update(id=self.id, created=self.created, model=self.model)
             if not self._wants_ids and "token_ids" in self._choice:
                 self._choice["token_ids"] = None
 
@@ -211,37 +223,5 @@ def blank(document: Mapping[str, Any]) -> dict[str, Any]:
         if name in usage:
             usage[name] = None
     blanked["usage"] = usage
+    blanked.pop("timings", None)
     return blanked
-
-
-_USAGE = {
-    "prompt_tokens": 0, "total_tokens": 0, "completion_tokens": 0, "prompt_tokens_details": None,
-    "completion_tokens_details": None,
-}  # fmt: skip
-
-_DETAILS = {"cached_tokens": None, "created_cache_tokens": None, "multimodal_tokens": None}
-
-_CHAT: dict[str, Any] = {
-    "id": None, "object": "chat.completion", "created": 0, "model": None,
-    "choices": [{
-        "index": 0,
-        "message": {
-            "role": "assistant", "content": None, "refusal": None, "annotations": None, "audio": None,
-            "function_call": None, "reasoning": None,
-        },
-        "logprobs": None, "finish_reason": None, "stop_reason": None, "token_ids": None, "routed_experts": None,
-    }],
-    "service_tier": None, "system_fingerprint": None, "usage": _USAGE, "prompt_logprobs": None,
-    "prompt_token_ids": None, "prompt_text": None, "kv_transfer_params": None, "ec_transfer_params": None,
-    "metrics": None,
-}  # fmt: skip
-
-_COMPLETION: dict[str, Any] = {
-    "id": None, "object": "text_completion", "created": 0, "model": None,
-    "choices": [{
-        "index": 0, "text": "", "logprobs": None, "finish_reason": None, "stop_reason": None, "token_ids": None,
-        "prompt_logprobs": None, "prompt_token_ids": None, "routed_experts": None,
-    }],
-    "service_tier": None, "system_fingerprint": None, "usage": _USAGE, "kv_transfer_params": None,
-    "ec_transfer_params": None, "metrics": None,
-}  # fmt: skip

@@ -49,11 +49,13 @@ class WholeStream:
                 raise UpstreamUnavailable(f"the upstream sent an unreadable event: {error}", cause="garbage") from error
             if self.error is not None:
                 break
-            renamed = self._encoder.name is not None and "model" in chunk
+            renamed = self._encoder.name is not None and chunk is not None and "model" in chunk
             out.append(encode(self._encoder.rename(chunk) if renamed else payload))
         return b"".join(out)
 
-    def _note(self, chunk: dict[str, Any]) -> None:
+    def _note(self, chunk: dict[str, Any] | None) -> None:
+        if chunk is None:
+            return
         if "error" in chunk:
             self.error = reported(chunk)
             return
