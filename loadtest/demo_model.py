@@ -16,7 +16,7 @@ from elis_gateway.sim.engine import EngineModel
 from loadtest.live import Screen, figure
 from loadtest.settings import setting
 from loadtest.stats import Comparison, Summary, compare, mean_of, summarise
-from loadtest.targets import MODEL, simulated
+from loadtest.targets import MODEL, capacity, simulated
 from loadtest.workload import Seeds, Workload, azure
 
 __all__ = ["LOAD", "REQUESTS", "SEEDS", "SLOTS", "Knowledge", "Study", "show"]
@@ -75,8 +75,12 @@ class Study:
     knowledge: Knowledge
     runs: dict[str, list[Summary]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        backlog = azure(1000, load=1.0, capacity=1.0, seeds=Seeds.all(2000))
+        self.capacity = capacity(self.engine, backlog)
+
     def run(self, name: str, seed: int) -> None:
-        workload = azure(REQUESTS, load=LOAD, capacity=self.engine.capacity, seeds=Seeds.all(seed))
+        workload = azure(REQUESTS, load=LOAD, capacity=self.capacity, seeds=Seeds.all(seed))
         predictor = self.knowledge.make(workload, seed)
         done = simulated(workload, setting(name), self.engine, predictor, name=name, apps=self.knowledge.apps)
         self.runs.setdefault(name, []).append(summarise(done))
@@ -87,8 +91,9 @@ class Study:
 
 
 def engine_model() -> EngineModel:
-    """The shipped engine model, cut to the demo's slots."""
-    return replace(EngineModel.load("default"), slots=SLOTS)
+    """A shipped model with the demo's slots: a real vLLM on two CPU cores, measured."""
+    model = EngineModel.load("vllm-cpu")
+    return model if model.slots == SLOTS else replace(model, slots=SLOTS)
 
 
 def show(screen: Screen) -> list[Study]:
@@ -100,7 +105,8 @@ def show(screen: Screen) -> list[Study]:
     studies = [main, *others, *seams]
     screen.say(
         f"{REQUESTS} requests with the arrivals and lengths of Azure's conversation trace (CC BY 4.0), {SLOTS} slots,\n"
-        f"load {LOAD:g}, {SEEDS} workload seeds (0 to {SEEDS - 1})."
+        f"load {LOAD:g} of {main.capacity:.0f} tokens/s, {SEEDS} workload seeds (0 to {SEEDS - 1}). The engine's rates "
+        f"were measured on:\n{engine.about.split('. Measured')[0]}."
     )
     for label, meaning in SHOWN.values():
         screen.say(f"  {label:15s}  {meaning}")

@@ -14,7 +14,8 @@ import orjson
 
 from elis_gateway import build
 from elis_gateway.config import Scheduler as SchedulerSection
-from elis_gateway.core.scheduler import Scheduler
+from elis_gateway.core.policy import FCFS
+from elis_gateway.core.scheduler import Scheduler, SchedulerConfig
 from elis_gateway.errors import UpstreamUnavailable
 from elis_gateway.predictor.base import Predictor
 from elis_gateway.sim.engine import Engine, EngineModel
@@ -23,7 +24,7 @@ from elis_gateway.wire.sse import DONE, EventDecoder
 from loadtest.records import Row, Run
 from loadtest.workload import Request, Workload
 
-__all__ = ["HttpTarget", "Target", "sim_jobs", "simulated"]
+__all__ = ["HttpTarget", "Target", "capacity", "sim_jobs", "simulated"]
 
 MODEL = "model"
 """The model's name in simulations."""
@@ -168,6 +169,17 @@ def simulated(
         overcommit=section.overcommit,
     )
     return Run(name or section.policy.kind, workload.hash, rows_of(result))
+
+
+def capacity(engine: EngineModel, workload: Workload) -> float:
+    """Tokens per second with every slot at work: the workload's requests all at once, first come first served.
+
+    Only the time with all slots taken counts, since the end of a finite batch drains half-empty.
+    """
+    at_once = [job._replace(arrival=0.0) for job in sim_jobs(workload)]
+    made = Engine(engine)
+    simulate(at_once, Scheduler(SchedulerConfig(estimates=False), FCFS()), {"engine": made})
+    return made.totals.full_tokens / made.totals.full
 
 
 def rows_of(result: Result) -> list[Row]:

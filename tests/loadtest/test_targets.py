@@ -17,7 +17,7 @@ from loadtest import runner
 from loadtest.records import Row
 from loadtest.settings import SETTINGS, setting
 from loadtest.stats import summarise
-from loadtest.targets import HttpTarget, simulated
+from loadtest.targets import HttpTarget, capacity, simulated
 from loadtest.workload import Request, Seeds, Workload, azure
 
 
@@ -162,3 +162,10 @@ def test_without_a_predictor_isrtf_is_first_come() -> None:
     workload = work(1)
     ours, theirs = (simulated(workload, setting(name), ENGINE, None) for name in ("isrtf", "fcfs"))
     assert [row.end for row in ours.rows] == [row.end for row in theirs.rows]
+
+
+def test_capacity_is_what_full_slots_make() -> None:
+    """Without prompts and seams it is slots times rate; with them it is less."""
+    free = replace(ENGINE, prefill_tokens_per_second=None, seam_tokens=0.0)
+    assert capacity(free, work(0)) == pytest.approx(free.capacity, rel=0.001)
+    assert 0.9 * ENGINE.capacity < capacity(ENGINE, work(0)) < 0.999 * ENGINE.capacity
