@@ -241,7 +241,8 @@ class Answer:
     def feed(self, payloads: list[bytes]) -> bytes:
         """Take the events of one network read; returns what to send to a streaming client now.
 
-        Raises ``UpstreamUnavailable`` (cause ``garbage``) where an event is not what this API sends.
+        Raises ``UpstreamUnavailable`` (cause ``garbage``) where an event is not what this API sends; after events that
+        were, it says so by ``over`` and ``error`` instead, so that nothing already kept is lost.
         """
         if self.mode is Mode.WHOLE:
             data = self._relay(payloads)
@@ -250,7 +251,11 @@ class Answer:
             try:
                 self._read(payloads, out)
             except _MALFORMED as error:
-                raise UpstreamUnavailable(f"the upstream sent an unreadable event: {error}", cause="garbage") from error
+                self._plain = False
+                self.over = True
+                self.error = UpstreamUnavailable(f"the upstream sent an unreadable event: {error}", cause="garbage")
+                if not out:
+                    raise self.error from error
             data = b"".join(out) if out else b""
         if data:
             self.committed = True
@@ -546,7 +551,11 @@ class Answer:
         self.finish_reason = "length"
         if self.request.stream:
             shown = "" if self._ledger.stops is None else self._ledger.stops.flush()
-            self._owed = self._encoder.last(shown, "length")
+            usage = None
+            if self._dialect.usage_rides:
+                usage = self._encoder.usage(self.prompt_tokens or 0, self._ledger.count, self._usage)
+                self._usage_shown = True
+            self._owed = self._encoder.last(shown, "length", usage)
         return SliceEnd.FINISHED
 
     def _end_whole(self, how: str) -> SliceEnd:

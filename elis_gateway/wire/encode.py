@@ -92,12 +92,13 @@ class Encoder:
                 chunk.pop(name, None)
         return b"data: " + orjson.dumps(chunk) + b"\n\n"
 
-    def last(self, text: str, finish: str) -> bytes:
+    def last(self, text: str, finish: str, usage: Mapping[str, Any] | None) -> bytes:
         """A chunk that ends the answer, where the engine sent none."""
         if self._chat:
             return self.dress({"choices": [{}]}, text, (), finish, None)
         choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
-        return self._dump({"id": None, "object": "text_completion", "created": 0, "model": None, "choices": [choice]})
+        chunk = {"id": None, "object": "text_completion", "created": 0, "model": None, "choices": [choice]}
+        return self._dump(chunk | ({"usage": usage} if usage is not None else {}))
 
     def usage(self, prompt_tokens: int, completion_tokens: int, shape: Mapping[str, Any] | None) -> dict[str, Any]:
         """Usage of the whole answer; ``shape``: the engine's own of some call, for its other fields."""

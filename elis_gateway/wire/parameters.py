@@ -28,8 +28,10 @@ _OURS = frozenset({
 
 _PROMPT_ONLY = frozenset({
     "add_generation_prompt", "add_special_tokens", "chat_template", "chat_template_kwargs", "continue_final_message",
-    "documents", "messages", "prompt", "reasoning_effort",
+    "documents", "messages", "prompt", "reasoning_effort", "sim_output_tokens",
 })  # fmt: skip
+
+# sim_output_tokens: our embedded engine's forced answer length, which it writes into the prompt's ids.
 
 _WITHOUT_EFFECT = frozenset({
     "include_reasoning", "length_penalty", "metadata", "parallel_tool_calls", "prompt_cache_key",

@@ -33,7 +33,7 @@ class WholeStream:
         self.finish_reason: str | None = None
         self.complete = False
         """The stream said that it is at its end."""
-        self.error: UpstreamRefused | None = None
+        self.error: UpstreamRefused | UpstreamUnavailable | None = None
 
     def relay(self, payloads: list[bytes]) -> bytes:
         """Events for the client: everything up to an error or [DONE], which are the caller's to send."""
@@ -46,7 +46,9 @@ class WholeStream:
                 chunk = orjson.loads(payload)
                 self._note(chunk)
             except (orjson.JSONDecodeError, AttributeError, TypeError) as error:
-                raise UpstreamUnavailable(f"the upstream sent an unreadable event: {error}", cause="garbage") from error
+                self.error = UpstreamUnavailable(f"the upstream sent an unreadable event: {error}", cause="garbage")
+                if not out:
+                    raise self.error from error
             if self.error is not None:
                 break
             renamed = self._encoder.name is not None and chunk is not None and "model" in chunk

@@ -199,6 +199,17 @@ def test_garbage() -> None:
     assert answer.end_slice("broken") is SliceEnd.INTERRUPTED
 
 
+def test_what_came_before_garbage_is_not_lost() -> None:
+    for mode, end in ((Mode.IDS, SliceEnd.INTERRUPTED), (Mode.WHOLE, SliceEnd.FAILED)):
+        answer = Answer(make_request(Route.COMPLETIONS, stream=True), mode)
+        begin(answer)
+        got = answer.feed([chunk("a", [3], prompt=[1]), chunk("b", [4]), b"<html>"])
+        assert got.count(b"data: ") == 2
+        assert (answer.text, answer.attained, answer.over) == ("ab", 2, True)
+        assert isinstance(answer.error, UpstreamUnavailable)
+        assert answer.end_slice("broken") is end
+
+
 def test_an_error_inside_a_stream() -> None:
     error = {"error": {"message": "engine died", "type": "InternalServerError", "param": None, "code": 500}}
     for code, end in ((500, SliceEnd.INTERRUPTED), (429, SliceEnd.INTERRUPTED), (400, SliceEnd.FAILED)):
