@@ -20,9 +20,9 @@ from elis_gateway.admin import make_admin_app
 from elis_gateway.config import Config
 from elis_gateway.core.placement import UpstreamInfo
 from elis_gateway.core.scheduler import Scheduler
-from elis_gateway.dispatcher import Dispatcher, Observer
+from elis_gateway.dispatcher import Dispatcher
 from elis_gateway.errors import ConfigError
-from elis_gateway.flight import Flight
+from elis_gateway.flight import Flight, Observer
 from elis_gateway.handlers import Handlers, describe
 from elis_gateway.intake import Intake
 from elis_gateway.journal import Journal
@@ -70,16 +70,6 @@ class Gateway:
             }
         )
         self._traffic_log = self._make_traffic_log()
-        observers: list[Observer] = [self.metrics, self.journal]
-        if self._traffic_log is not None:
-            observers.append(self._traffic_log)
-        self.dispatcher = Dispatcher(
-            self.core,
-            self.predictor,
-            self.fleet.upstreams,
-            observers=observers,
-            estimate_deadline=getattr(config.predictor, "deadline", 0.5),
-        )
         self._intake = Intake(
             self.fleet,
             self._loop.time,
@@ -88,6 +78,16 @@ class Gateway:
             default_class=scheduler.default_class,
             describe=describe,
             reads_text=self.predictor is not None and self.predictor.reads_text,
+        )
+        observers: list[Observer] = [self._intake, self.metrics, self.journal]
+        if self._traffic_log is not None:
+            observers.append(self._traffic_log)
+        self.dispatcher = Dispatcher(
+            self.core,
+            self.predictor,
+            self.fleet.upstreams,
+            observers=observers,
+            estimate_deadline=getattr(config.predictor, "deadline", 0.5),
         )
         self._relay = Relay(self.fleet, config.models)
         self._runners: list[web.BaseRunner] = []

@@ -10,13 +10,12 @@ scheduler hears of it once per window, not once per token.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 from elis_gateway.core.actions import Abort, Action, AskEstimate, Finish, Preempt, Run
-from elis_gateway.core.job import Estimate, Job, JobState, Outcome
+from elis_gateway.core.job import Estimate, Job, Outcome
 from elis_gateway.core.placement import UpstreamInfo
 from elis_gateway.core.policy import Policy
 from elis_gateway.core.scheduler import Scheduler
@@ -29,33 +28,20 @@ from elis_gateway.errors import (
     UpstreamRefused,
     UpstreamUnavailable,
 )
-from elis_gateway.flight import Flight, Leg
-from elis_gateway.predictor.base import Predictor, View
+from elis_gateway.estimator import Estimator
+from elis_gateway.flight import Flight, Leg, Observer, overriding
+from elis_gateway.predictor.base import Predictor
 from elis_gateway.tasks import spawn
 from elis_gateway.upstream.base import Session, Upstream
 from elis_gateway.wire.continuation import Mode
 
-__all__ = ["Dispatcher", "Observer"]
+__all__ = ["Dispatcher"]
 
-_log = logging.getLogger("elis_gateway.jobs")
 _CLOSING_TIME = 2.0
 """Seconds that calls which were told to end may take for it at shutdown."""
 
 
 How = Literal["finished", "aborted", "broken"]
-
-
-class Observer(Protocol):
-    """Told of what happened, never asked: metrics, the traffic log, the log."""
-
-    def submitted(self, flight: Flight) -> None: ...
-
-    def estimated(self, flight: Flight, seconds: float) -> None:
-        """A new estimate stands at the end of ``flight.estimates``; ``seconds``: what it took."""
-
-    def slice_ended(self, flight: Flight, leg: Leg) -> None: ...
-
-    def finished(self, flight: Flight) -> None: ...
 
 
 class _Call:
@@ -114,12 +100,13 @@ class Dispatcher:
         estimate_deadline: float = 0.5,
     ) -> None:
         self.core = core
-        self.predictor = predictor
+        self._estimator = Estimator(predictor, self._estimated, deadline=estimate_deadline)
         self.flights: dict[str, Flight] = {}
         """Every job that is not over, by id."""
         self._upstreams = upstreams
-        self._observers = tuple(observers)
-        self._estimate_deadline = estimate_deadline
+        self._tell_estimated = overriding(observers, "estimated")
+        self._tell_slice_ended = overriding(observers, "slice_ended")
+        self._tell_finished = overriding(observers, "finished")
         self._loop = asyncio.get_running_loop()
         self._calls: dict[int, _Call] = {}
         self._queue: deque[Action] = deque()
@@ -148,8 +135,6 @@ class Dispatcher:
         if self._closing:
             raise ShuttingDown("the gateway is shutting down")
         self.flights[flight.spec.id] = flight
-        for observer in self._observers:
-            observer.submitted(flight)
         self._perform(self.core.submit(flight.spec, self._loop.time()))
 
     def cancel(self, flight: Flight) -> None:
@@ -234,6 +219,19 @@ class Dispatcher:
         self._timer_at = float("inf")
         self._perform(self.core.tick(self._loop.time()))
 
+    def _ask(self, action: AskEstimate) -> None:
+        job = action.job
+        flight = self.flights.get(job.spec.id)
+        if flight is not None:
+            flight.job = job
+            self._estimator.ask(flight, job)
+
+    def _estimated(self, flight: Flight, job: Job, estimate: Estimate | None, seconds: float) -> None:
+        if estimate is not None:
+            for estimated in self._tell_estimated:
+                estimated(flight, seconds)
+        self._perform(self.core.estimated(job.spec.id, estimate, self._loop.time()))
+
     def _preempt(self, action: Preempt) -> None:
         call = self._calls[action.slice_id]
         # An answer that turned out to need one call, after the scheduler took it for sliceable, keeps it.
@@ -256,13 +254,15 @@ class Dispatcher:
         finally:
             # Whatever went wrong above is a bug and is raised; the client must not wait for ever because of it.
             flight.channel.close(GatewayError("internal error"))
-        if job.first_run is not None and self.predictor is not None:
-            complete = job.outcome is Outcome.COMPLETED and flight.answer.finish_reason != "length"
-            self.predictor.learn(self._view(flight, job, self.predictor), complete=complete)
-        for observer in self._observers:
-            observer.finished(flight)
+        # The client's last bytes first: its handler was woken above and runs before the books are done.
+        self._loop.call_soon(self._do_the_books, flight, job)
         if self._quiet is not None and not self.flights and not self._quiet.done():
             self._quiet.set_result(None)
+
+    def _do_the_books(self, flight: Flight, job: Job) -> None:
+        self._estimator.learn(flight, job)
+        for finished in self._tell_finished:
+            finished(flight)
 
     def _deliver(self, flight: Flight) -> None:
         answer = flight.answer
@@ -289,70 +289,6 @@ class Dispatcher:
         if not slots:
             return 5.0
         return min(max(self.core.waiting(model) * self._service / slots, 1.0), 600.0)
-
-    # --- estimates -----------------------------------------------------------------------------------------------
-
-    def _view(self, flight: Flight, job: Job, predictor: Predictor) -> View:
-        spec = job.spec
-        reads = predictor.reads_text
-        return View(
-            spec.id,
-            spec.model,
-            spec.app,
-            spec.prompt if reads else "",
-            flight.answer.text if reads else "",
-            job.attained,
-            job.allowed,
-        )
-
-    def _ask(self, action: AskEstimate) -> None:
-        job = action.job
-        now = self._loop.time()
-        predictor = self.predictor
-        flight = self.flights.get(job.spec.id)
-        if predictor is None or flight is None:
-            self._perform(self.core.estimated(job.id, None, now))
-            return
-        flight.job = job
-        view = self._view(flight, job, predictor)
-        estimate = predictor.instant(view)
-        if predictor.refines:
-            if not flight.refining:
-                flight.refining = True
-                spawn(self._refine(flight, job, view, predictor), name=f"refine {job.id}")
-            if estimate is None:
-                return
-        self._estimated(flight, job, estimate, now)
-
-    async def _refine(self, flight: Flight, job: Job, view: View, predictor: Predictor) -> None:
-        """A better estimate, or none by the deadline. Tokens that arrived meanwhile are counted down from it."""
-        asked = self._loop.time()
-        estimate: Estimate | None = None
-        try:
-            async with asyncio.timeout(self._estimate_deadline):
-                estimate = (await predictor.refine([view]))[0]
-        except TimeoutError:
-            _log.debug("request %s: no estimate within %g s", job.id, self._estimate_deadline)
-        except (ValueError, RuntimeError, OSError) as error:
-            _log.warning("request %s: the predictor failed: %s", job.id, error)
-        finally:
-            flight.refining = False
-        if estimate is not None and (since := job.attained - view.attained) > 0:
-            estimate = estimate._replace(remaining=max(estimate.remaining - since, 1.0))
-        self._estimated(flight, job, estimate, asked)
-
-    def _estimated(self, flight: Flight, job: Job, estimate: Estimate | None, asked: float) -> None:
-        now = self._loop.time()
-        if estimate is not None and job.state is not JobState.DONE:
-            previous = flight.estimates[-1][1] if flight.estimates else None
-            flight.estimates.append((job.attained, estimate.remaining))
-            if flight.first_estimate is None:
-                flight.first_estimate = estimate
-            if _log.isEnabledFor(logging.DEBUG):
-                _log_estimate(job, previous, estimate.remaining)
-            for observer in self._observers:
-                observer.estimated(flight, now - asked)
-        self._perform(self.core.estimated(job.id, estimate, now))
 
     # --- slices --------------------------------------------------------------------------------------------------
 
@@ -451,8 +387,8 @@ class Dispatcher:
             bool(flight.legs),
         )
         flight.legs.append(leg)
-        for observer in self._observers:
-            observer.slice_ended(flight, leg)
+        for slice_ended in self._tell_slice_ended:
+            slice_ended(flight, leg)
         self._perform(self.core.slice_ended(slice_.id, SliceResult(end, answer.attained, cause, answer.limit), now))
 
     def _settle(self, call: _Call, how: How, error: UpstreamError | None) -> tuple[SliceEnd, str]:
@@ -483,12 +419,3 @@ _EXPIRED = {
 def _was_told(call: _Call) -> bool:
     """The cancellation is ours (Preempt or Abort), not the loop's; take it back."""
     return call.stop and call.task is not None and call.task.uncancel() == 0
-
-
-def _log_estimate(job: Job, previous: float | None, remaining: float) -> None:
-    if previous is None:
-        _log.debug("request %s: initial prediction: %.1f tokens", job.id, remaining)
-    else:
-        _log.debug(
-            "request %s: prediction updated: %.1f -> %.1f (at %d tokens)", job.id, previous, remaining, job.attained
-        )

@@ -5,7 +5,7 @@ A plain record. Knows no socket, no scheduler, no metric.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from elis_gateway.channel import Channel
@@ -14,7 +14,7 @@ from elis_gateway.errors import GatewayError
 from elis_gateway.wire.continuation import Answer
 from elis_gateway.wire.openai import Request
 
-__all__ = ["Flight", "Leg"]
+__all__ = ["Flight", "Leg", "Observer", "overriding"]
 
 
 class Leg(NamedTuple):
@@ -67,3 +67,21 @@ class Flight:
         self.refining = False
         self.renew: Callable[[], Answer] | None = None
         """Makes the answer anew before the first call, where it was made before any upstream was known."""
+
+
+class Observer:
+    """Told of what happened, never asked: metrics, the traffic log, the log. Override what you want to hear."""
+
+    def estimated(self, flight: Flight, seconds: float) -> None:
+        """A new estimate stands at the end of ``flight.estimates``; ``seconds``: what it took."""
+
+    def slice_ended(self, flight: Flight, leg: Leg) -> None:
+        """An upstream call is over."""
+
+    def finished(self, flight: Flight) -> None:
+        """A job is over; its client has been given the end of its answer."""
+
+
+def overriding(observers: Iterable[Observer], name: str) -> list[Callable[..., None]]:
+    """The observers' methods of this name, less those that would do nothing."""
+    return [getattr(o, name) for o in observers if getattr(type(o), name) is not getattr(Observer, name)]

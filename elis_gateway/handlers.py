@@ -110,8 +110,6 @@ class Handlers:
         finally:
             # The client has gone, or something broke: nobody wants the rest.
             self._dispatcher.cancel(flight)
-        if flight.answer.finished:
-            self._intake.remember(flight)
         return response
 
     async def _whole(self, request: web.BaseRequest, flight: Flight) -> web.StreamResponse:

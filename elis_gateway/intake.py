@@ -14,7 +14,7 @@ from typing import Protocol
 
 from elis_gateway.core.job import JobSpec
 from elis_gateway.errors import ClientError, ModelNotFound
-from elis_gateway.flight import Flight
+from elis_gateway.flight import Flight, Observer
 from elis_gateway.upstream.base import Capabilities
 from elis_gateway.wire.continuation import Answer, Lore, Mode
 from elis_gateway.wire.openai import Request, Route
@@ -36,7 +36,7 @@ class ModelDirectory(Protocol):
     def capabilities(self, model: str) -> Capabilities: ...
 
 
-class Intake:
+class Intake(Observer):
     """Makes flights. ``clock`` gives the loop's time."""
 
     def __init__(
@@ -100,10 +100,12 @@ class Intake:
         if lore is None:
             lore = self._lore[model] = Lore()
         context = able.context.get(model)
-        return Answer(request, mode, reason=reason, context=context, model=model, lore=lore)
+        return Answer(request, mode, reason=reason, context=context, model=model, lore=lore, engine=able.kind)
 
-    def remember(self, flight: Flight) -> None:
-        """The answer is complete: the next turn of this conversation will begin with what we saw of it."""
+    def finished(self, flight: Flight) -> None:
+        """The next turn of this conversation will begin with what we saw of it."""
+        if not flight.answer.finished:
+            return
         key = flight.request.next_conversation_key(flight.answer.text)
         if key is None:
             return

@@ -9,7 +9,7 @@ import logging
 from collections import OrderedDict
 from typing import Any
 
-from elis_gateway.flight import Flight, Leg
+from elis_gateway.flight import Flight, Observer
 
 __all__ = ["Journal", "story"]
 
@@ -54,20 +54,11 @@ def story(flight: Flight, now: float) -> dict[str, Any]:
     }
 
 
-class Journal:
+class Journal(Observer):
     """An observer that remembers the last finished jobs and logs each."""
 
     def __init__(self) -> None:
         self._finished: OrderedDict[str, dict[str, Any]] = OrderedDict()
-
-    def submitted(self, flight: Flight) -> None:
-        """Nothing to tell yet."""
-
-    def estimated(self, flight: Flight, seconds: float) -> None:
-        """Part of the story at its end."""
-
-    def slice_ended(self, flight: Flight, leg: Leg) -> None:
-        """Part of the story at its end."""
 
     def finished(self, flight: Flight) -> None:
         """A job is over."""

@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from elis_gateway import __version__
 from elis_gateway.core.job import Outcome
-from elis_gateway.flight import Flight, Leg
+from elis_gateway.flight import Flight, Leg, Observer
 
 __all__ = ["SERIES", "Gauge", "Metrics"]
 
@@ -123,7 +123,7 @@ class _Model:
         self.estimates = 0
 
 
-class Metrics(Collector):
+class Metrics(Collector, Observer):
     """Counts what it is told. ``gauges``: by series name, how to read the ones that are asked for, not told."""
 
     def __init__(self, gauges: dict[str, Gauge] | None = None) -> None:
@@ -139,9 +139,6 @@ class Metrics(Collector):
         self._registry.register(self)
 
     # --- told ----------------------------------------------------------------------------------------------------
-
-    def submitted(self, flight: Flight) -> None:
-        """Counted when it is over."""
 
     def estimated(self, flight: Flight, seconds: float) -> None:
         """A new estimate, and what it took."""

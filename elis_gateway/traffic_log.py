@@ -17,7 +17,7 @@ from typing import IO, Literal, TypedDict
 import orjson
 
 from elis_gateway.core.job import Outcome
-from elis_gateway.flight import Flight, Leg
+from elis_gateway.flight import Flight, Observer
 
 __all__ = ["SCHEMA", "Row", "TrafficLog", "row"]
 
@@ -121,7 +121,7 @@ def text_hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-class TrafficLog:
+class TrafficLog(Observer):
     """Writes rows to ``path``, renaming it to ``path.1`` … ``path.<keep>`` when it has grown to ``max_bytes``."""
 
     def __init__(self, path: Path, *, max_bytes: int, keep: int, prompts: Prompts, epoch: Callable[[], float]) -> None:
@@ -139,15 +139,6 @@ class TrafficLog:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("ab")
         self._thread.start()
-
-    def submitted(self, flight: Flight) -> None:
-        """Recorded when it is over."""
-
-    def estimated(self, flight: Flight, seconds: float) -> None:
-        """Part of the row at the end."""
-
-    def slice_ended(self, flight: Flight, leg: Leg) -> None:
-        """Part of the row at the end."""
 
     def finished(self, flight: Flight) -> None:
         """A job is over."""

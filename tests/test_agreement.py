@@ -158,10 +158,6 @@ class _Session:
         return [] if self._arrived.empty() else self._arrived.get_nowait()
 
 
-class _Nobody:
-    submitted = estimated = slice_ended = finished = lambda *_: None
-
-
 def simulated(jobs: list[SimJob], scheduler: Scheduler, engines: dict[str, Engine]) -> list[Decision]:
     found = Decisions()
     simulate(jobs, scheduler, engines, MaxTokens(), observe=lambda now, action: found.note(action))
@@ -191,7 +187,7 @@ class _Noting(Dispatcher):
     """The dispatcher, telling what it performs."""
 
     def __init__(self, found: Decisions, core: Scheduler, upstreams: Any) -> None:
-        super().__init__(core, MaxTokens(), upstreams, observers=[_Nobody()])
+        super().__init__(core, MaxTokens(), upstreams, observers=[])
         for kind, perform in list(self._perform_one.items()):
             self._perform_one[kind] = lambda action, perform=perform: (found.note(action), perform(action))
 

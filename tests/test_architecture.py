@@ -38,7 +38,9 @@ ARROWS: dict[str, set[str]] = {
     E + "build": {CORE, E + "predictor"},
     E + "journal": {E + "flight", CORE + ".job"},
     E + "intake": {E + "flight", E + "upstream.base", E + "wire", CORE + ".job"},
+    E + "estimator": {E + "flight", E + "predictor.base", E + "tasks", *VALUES},
     E + "dispatcher": {
+        E + "estimator",
         E + "flight",
         E + "channel",
         E + "predictor.base",
@@ -47,7 +49,7 @@ ARROWS: dict[str, set[str]] = {
         E + "wire",
         CORE,
     },
-    E + "metrics": {E + "flight", E + "dispatcher", *VALUES},
+    E + "metrics": {E + "flight", *VALUES},
     E + "traffic_log": {E + "flight", *VALUES},
     E + "flight": {E + "channel", E + "wire", *VALUES},
     E + "channel": set(),

@@ -39,6 +39,7 @@ async def test_metrics_tell_what_happened() -> None:
     async with world() as w:
         for _ in range(3):
             await w.check(COMPLETIONS, BODY)
+        await until(lambda: len(w.gateway.journal.recent(9)) == 3)
         found = await _samples(w)
         upstream = next(iter(w.gateway.fleet.upstreams))
         assert found['elis_jobs_total{class="default",model="sim",outcome="completed"}'] == 3
@@ -69,7 +70,7 @@ async def test_jobs_live_and_over() -> None:
         assert sorted(job["state"] for job in jobs["jobs"]) == ["ready", "running"]
         for task in asking:
             task.cancel()
-        await until(lambda: not w.gateway.flights)
+        await until(lambda: len(w.gateway.journal.recent(9)) == 2)
         over = (await _get(w, "/admin/jobs"))["finished"]
         assert [job["outcome"] for job in over] == ["cancelled", "cancelled"]
         assert await _get(w, f"/admin/jobs/{over[0]['job_id']}") == over[0]

@@ -16,7 +16,7 @@ from elis_gateway.core.policy import ISRTF, Policy
 from elis_gateway.core.scheduler import Scheduler, SchedulerConfig
 from elis_gateway.dispatcher import Dispatcher
 from elis_gateway.errors import Overloaded, ShuttingDown, UpstreamRefused, UpstreamUnavailable
-from elis_gateway.flight import Flight, Leg
+from elis_gateway.flight import Flight, Leg, Observer
 from elis_gateway.predictor.base import View
 from elis_gateway.predictor.baselines import MaxTokens
 from elis_gateway.tasks import spawn
@@ -36,15 +36,13 @@ def jumping(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Non
     return wrapper
 
 
-class Log:
+class Log(Observer):
     """An observer that remembers."""
 
     def __init__(self) -> None:
         self.finished_jobs: list[Flight] = []
         self.legs: list[Leg] = []
         self.estimates = 0
-
-    def submitted(self, flight: Flight) -> None: ...
 
     def estimated(self, flight: Flight, seconds: float) -> None:
         self.estimates += 1
@@ -112,6 +110,7 @@ async def test_a_stream_from_start_to_end() -> None:
     desk = Desk()
     flight = desk.submit(100)
     assert await text(flight) == words(100)
+    await asyncio.sleep(0.01)
     assert flight.job is not None
     assert flight.job.outcome is Outcome.COMPLETED
     assert desk.ends() == ["finished"]
@@ -323,6 +322,7 @@ async def test_an_estimate_made_meanwhile_is_counted_down() -> None:
     desk = Desk(FakeUpstream(pace=0.001), predictor=predictor)
     flight = desk.submit(220)
     assert await text(flight) == words(220)
+    await asyncio.sleep(0.01)
     # Asked at 50 tokens, answered two windows later.
     assert flight.estimates == [(0, 200.0), (150, 100.0)]
     assert [view.attained for view in predictor.views] == [0, 50, 200]

@@ -155,15 +155,6 @@ async def test_health_ready_and_unknown_paths() -> None:
 
 async def test_applications_are_told_apart() -> None:
     async with world() as w:
-        seen = []
-
-        class Spy:
-            def submitted(self, flight: Any) -> None:
-                seen.append(flight.spec.app)
-
-            estimated = slice_ended = finished = lambda *_: None
-
-        w.gateway.dispatcher._observers += (Spy(),)
         body = BODIES[CHAT]
         await w.ask(CHAT, body)
         await w.ask(CHAT, body)
@@ -171,6 +162,8 @@ async def test_applications_are_told_apart() -> None:
         await w.ask(CHAT, {**body, "max_tokens": 20})
         await w.ask(CHAT, {**body, "messages": [{"role": "system", "content": "Be brief"}, *body["messages"]]})
         await w.ask(CHAT, body, **{"X-Elis-App": "mine"})
+        await until(lambda: len(w.gateway.journal.recent(9)) == 6)
+        seen = [job["app"] for job in reversed(w.gateway.journal.recent(9))]
         assert seen[0] == seen[1]
         assert len(set(seen)) == 5
         assert seen[-1] == "mine"

@@ -1,0 +1,100 @@
+"""Asks the predictor for the driver: at once where it answers at once, in a task with a deadline where it takes long.
+
+Knows: views, deadlines, what an estimate is worth that comes late. Never: what becomes of it, which predictor it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from elis_gateway.core.job import Estimate, Job, JobState, Outcome
+from elis_gateway.flight import Flight
+from elis_gateway.predictor.base import Predictor, View
+from elis_gateway.tasks import spawn
+
+__all__ = ["Estimator"]
+
+_log = logging.getLogger("elis_gateway.jobs")
+
+Answered = Callable[[Flight, Job, Estimate | None, float], None]
+"""Told every estimate (None: there is none, count the old one down) and the seconds it took."""
+
+
+class Estimator:
+    """One per driver. ``answered`` hears an answer to every ``ask``, and perhaps a better one after it."""
+
+    def __init__(self, predictor: Predictor | None, answered: Answered, *, deadline: float) -> None:
+        self._predictor = predictor
+        self._answered = answered
+        self._deadline = deadline
+        self._loop = asyncio.get_running_loop()
+
+    def ask(self, flight: Flight, job: Job) -> None:
+        """How much is left of this job?"""
+        predictor = self._predictor
+        if predictor is None:
+            self._answered(flight, job, None, 0.0)
+            return
+        asked = self._loop.time()
+        view = _view(flight, job, predictor)
+        estimate = predictor.instant(view)
+        if predictor.refines:
+            if not flight.refining:
+                flight.refining = True
+                spawn(self._refine(flight, job, view, predictor), name=f"refine {job.spec.id}")
+            if estimate is None:
+                return
+        self._answer(flight, job, estimate, asked)
+
+    def learn(self, flight: Flight, job: Job) -> None:
+        """The job is over. An answer that was cut off, by whatever, is a lower bound."""
+        if self._predictor is not None and job.first_run is not None:
+            complete = job.outcome is Outcome.COMPLETED and flight.answer.finish_reason != "length"
+            self._predictor.learn(_view(flight, job, self._predictor), complete=complete)
+
+    async def _refine(self, flight: Flight, job: Job, view: View, predictor: Predictor) -> None:
+        """A better estimate, or none by the deadline. Tokens that arrived meanwhile are counted down from it."""
+        asked = self._loop.time()
+        estimate: Estimate | None = None
+        try:
+            async with asyncio.timeout(self._deadline):
+                estimate = (await predictor.refine([view]))[0]
+        except TimeoutError:
+            _log.debug("request %s: no estimate within %g s", job.spec.id, self._deadline)
+        except (ValueError, RuntimeError, OSError) as error:
+            _log.warning("request %s: the predictor failed: %s", job.spec.id, error)
+        finally:
+            flight.refining = False
+        if estimate is not None and (since := job.attained - view.attained) > 0:
+            estimate = estimate._replace(remaining=max(estimate.remaining - since, 1.0))
+        self._answer(flight, job, estimate, asked)
+
+    def _answer(self, flight: Flight, job: Job, estimate: Estimate | None, asked: float) -> None:
+        if estimate is not None and job.state is not JobState.DONE:
+            if _log.isEnabledFor(logging.DEBUG):
+                _log_estimate(flight, job, estimate)
+            flight.estimates.append((job.attained, estimate.remaining))
+            if flight.first_estimate is None:
+                flight.first_estimate = estimate
+        self._answered(flight, job, estimate, self._loop.time() - asked)
+
+
+def _view(flight: Flight, job: Job, predictor: Predictor) -> View:
+    spec = job.spec
+    reads = predictor.reads_text
+    text = flight.answer.text if reads else ""
+    return View(spec.id, spec.model, spec.app, spec.prompt if reads else "", text, job.attained, job.allowed)
+
+
+def _log_estimate(flight: Flight, job: Job, estimate: Estimate) -> None:
+    """In the words researchers grep for."""
+    if flight.estimates:
+        before = flight.estimates[-1][1]
+        _log.debug(
+            "request %s: prediction updated: %.1f -> %.1f (at %d tokens)",
+            job.spec.id, before, estimate.remaining, job.attained,
+        )  # fmt: skip
+    else:
+        _log.debug("request %s: initial prediction: %.1f tokens", job.spec.id, estimate.remaining)
