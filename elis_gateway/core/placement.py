@@ -131,8 +131,10 @@ class Upstream:
 class Pool:
     """The upstreams that serve one model: their shared queue, their pace, and what answers have been like."""
 
-    __slots__ = ("_arrived", "_gamma_in", "_last", "_pace", "_rate", "down_since", "gamma", "lengths", "model", "queue",
-                 "seconds_per_token", "shadow", "slots", "upstreams")  # fmt: skip
+    __slots__ = (
+        "_answers", "_arrived", "_gamma_at", "_last", "_pace", "_rate", "down_since", "gamma", "lengths", "model",
+        "queue", "seconds_per_token", "shadow", "slots", "upstreams",
+    )  # fmt: skip
 
     def __init__(self, model: str, seconds_per_token: float, now: float) -> None:
         self.model = model
@@ -149,7 +151,8 @@ class Pool:
         self._last: float | None = None
         self._rate = 0.0
         self._arrived = 0
-        self._gamma_in = 32
+        self._answers = 0
+        self._gamma_at = 64
 
     @property
     def long_answer(self) -> float | None:
@@ -167,17 +170,23 @@ class Pool:
             self.down_since = None
 
     def arrived(self, now: float) -> None:
-        """Count an arrival; every so often solve for gamma again."""
+        """Count an arrival."""
         if self._last is not None:
             self._arrived += 1
             share = max(1.0 / self._arrived, 0.002)
             self._rate += share * ((now - self._last) - self._rate)
         self._last = now
-        self._gamma_in -= 1
-        if self._gamma_in <= 0:
-            self._gamma_in = 256
-            if self.slots and self._rate > 0.0:
-                self.gamma = solve_gamma(1.0 / self._rate, self.lengths.shares(), self.seconds_per_token / self.slots)
+
+    def answered(self, tokens: int) -> None:
+        """Count a complete answer; every so often solve for gamma again.
+
+        Not from the first few: under a shortest-first order those are the short ones, and gamma would be far too large.
+        """
+        self.lengths.add(tokens)
+        self._answers += 1
+        if self._answers >= self._gamma_at and self.slots and self._rate > 0.0:
+            self._gamma_at += min(self._answers, 512)
+            self.gamma = solve_gamma(1.0 / self._rate, self.lengths.shares(), self.seconds_per_token / self.slots)
 
     def paced(self, seconds_per_token: float) -> None:
         """A slice ran at this pace. The pool's own moves slowly and in steps of a twentieth: were it to follow every

@@ -181,7 +181,7 @@ class Scheduler:
             job.spec = job.spec._replace(limit=result.limit)
         end = result.end
         if end is SliceEnd.FINISHED:
-            self.room.pool(job.spec.model, now).lengths.add(job.attained)
+            self.pools[job.spec.model].answered(job.attained)
             self._finish(job, Outcome.COMPLETED, result.cause, now)
         elif end is SliceEnd.FAILED:
             self._finish(job, Outcome.FAILED, result.cause, now)
