@@ -46,6 +46,7 @@ test-engine: $(STAMP) ## real vLLM and llama.cpp behind the gateway, a subset of
 	@ELIS_ENGINE=require ELIS_ENGINE_PROMPTS=$(PROMPTS) $(BIN)/pytest tests/engine -m engine -p no:cacheprovider \
 		$(ARGS) </dev/null; status=$$?; test $$status -eq 5 || exit $$status
 
+test-engine-full: export ELIS_ENGINE_RESULTS := runs/engine-exact.json
 test-engine-full: ## the same with every prompt; the comparison is stored under runs/
 	@$(MAKE) --no-print-directory test-engine PROMPTS=all
 
