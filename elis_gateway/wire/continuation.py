@@ -142,13 +142,6 @@ class Answer:
 
     # -- asking ---------------------------------------------------------------------------------------------------
 
-    def prepare(self) -> Call | None:
-        """A small call to make before ``call``; its body goes to ``prepared``. None: nothing to ask."""
-        return None
-
-    def prepared(self, body: bytes) -> None:
-        """Take the body of the call that ``prepare`` asked for."""
-
     def call(
         self, slice_limit: int | None, *, model: str, priority: int | None = None, window: int | None = None
     ) -> Call:

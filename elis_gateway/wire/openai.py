@@ -18,6 +18,9 @@ from elis_gateway.wire.parameters import unsliceable
 
 __all__ = ["Request", "Route", "parse"]
 
+_DEPTH = 200
+"""orjson reads documents of 1024 levels and writes only about 250; with fewer brackets than this none is that deep."""
+
 
 class Route(Enum):
     """The two endpoints whose answers we can schedule by length."""
@@ -113,6 +116,8 @@ def parse(route: Route, body: bytes) -> Request:
         raise ClientError(f"The request body is not valid JSON: {error}", code="invalid_json") from error
     if not isinstance(parsed, dict):
         raise ClientError("The request body must be a JSON object.", code="invalid_json")
+    if body.count(b"[") + body.count(b"{") >= _DEPTH and not _can_be_written(parsed):
+        raise ClientError("The request body is nested too deeply.", code="invalid_json")
     model = parsed.get("model")
     if model is not None and not isinstance(model, str):
         raise ClientError("model must be a string.", param="model", code="invalid_type")
@@ -120,6 +125,14 @@ def parse(route: Route, body: bytes) -> Request:
     if stream is not None and not isinstance(stream, bool):
         raise ClientError("stream must be a boolean.", param="stream", code="invalid_type")
     return Request(route, parsed, body)
+
+
+def _can_be_written(parsed: dict[str, Any]) -> bool:
+    try:
+        orjson.dumps(parsed)
+    except orjson.JSONEncodeError:
+        return False
+    return True
 
 
 def _limit(body: dict[str, Any], chat: bool) -> int | None:
