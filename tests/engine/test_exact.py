@@ -38,11 +38,19 @@ LIMITS = {"window-1": 12, "window-7": 40, "window-50": 70, "elastic": 40}
 SLOTS = {"elastic": 2}
 
 
+def _git(*argv: str) -> str:
+    return subprocess.run(["git", *argv], capture_output=True, text=True, check=False).stdout.strip()
+
+
 class Record:
     """Every comparison made, for the file named by ``ELIS_ENGINE_RESULTS``."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
+        # Now, not at the end: half an hour later the tree may be another.
+        self.commit = _git("rev-parse", "--short", "HEAD") + (
+            "+changes" if _git("status", "--porcelain", "-uno") else ""
+        )
 
     def add(self, engine: str, setting: str, shape: Shape, reference: Answer, answer: Answer, prompt: str) -> None:
         self.rows.append(
@@ -54,21 +62,19 @@ class Record:
                 "tokens": (reference.usage or {}).get("completion_tokens"),
                 "finish_reason": reference.finish_reason,
                 "sliced": answer.sliced,
-                "compared": "all" if "prompt_tokens_details" in (reference.usage or {}) else "all but cached tokens",
                 "equal": answer == reference,
+                "equal_but_cached_tokens": _counted(answer) == _counted(reference),
             }
         )
 
     def save(self, file: Path) -> None:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
         about = {
-            "commit": commit,
+            "commit": self.commit,
             "date": time.strftime("%Y-%m-%d"),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "comparisons": len(self.rows),
             "equal": sum(row["equal"] for row in self.rows),
+            "equal_but_cached_tokens": sum(row["equal_but_cached_tokens"] for row in self.rows),
             "prompts": len({row["prompt"] for row in self.rows}),
         }
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -133,11 +139,11 @@ async def test_answers_are_the_engines_own(
     slices = gate.metric("elis_slices_total") - before[0]
     preempted = gate.metric("elis_preemptions_total") - before[1]
 
+    for name in reference:
+        record.add("vllm", setting, shape, reference[name], answers[name], name)
     if setting == "elastic":
         # An interrupted call never says what it found in the cache.
         reference, answers = _without_cache(reference), _without_cache(answers)
-    for name in reference:
-        record.add("vllm", setting, shape, reference[name], answers[name], name)
     different = differences(reference, answers)
     assert not different
     assert {answer.sliced for answer in answers.values()} == {"ids"}
@@ -146,11 +152,14 @@ async def test_answers_are_the_engines_own(
         assert preempted > len(prompts) / 2, f"only {preempted:.0f} preemptions"
 
 
-def _without_cache(answers: dict[str, Answer]) -> dict[str, Answer]:
-    def usage(answer: Answer) -> dict[str, Any]:
-        return {key: value for key, value in (answer.usage or {}).items() if key != "prompt_tokens_details"}
+def _counted(answer: Answer) -> Answer:
+    """Without what the engine found in its cache."""
+    usage = {key: value for key, value in (answer.usage or {}).items() if key != "prompt_tokens_details"}
+    return replace(answer, usage=usage)
 
-    return {name: replace(answer, usage=usage(answer)) for name, answer in answers.items()}
+
+def _without_cache(answers: dict[str, Answer]) -> dict[str, Answer]:
+    return {name: _counted(answer) for name, answer in answers.items()}
 
 
 @pytest.mark.parametrize("shape", Shape)
@@ -168,9 +177,9 @@ async def test_answers_are_llama_cpps_own(
     reference = await ask_all(llama_url, shape, prompts, limit, at_once=1)
     with gateway(tmp_path, [upstream], scheduler=FIXED | {"window": 20}) as gate:
         answers = await ask_all(gate.url, shape, prompts, limit, at_once=1)
-    reference, answers = _without_cache(reference), _without_cache(answers)
     for name in reference:
         record.add("llama.cpp", continuation, shape, reference[name], answers[name], name)
+    reference, answers = _without_cache(reference), _without_cache(answers)
     different = differences(reference, answers)
     assert not different
     assert {answer.sliced for answer in answers.values()} == {sliced}
