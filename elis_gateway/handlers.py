@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 import orjson
-from aiohttp import HttpVersion11, web
+from aiohttp import HttpVersion11, web, web_protocol
 from multidict import CIMultiDict
 
 from elis_gateway.channel import Channel
@@ -88,6 +88,8 @@ class Handlers:
             return problem_response(error)
         except web.HTTPRequestEntityTooLarge as error:
             return _error(413, error.text or "the request body is too large", "request_too_large")
+        except web_protocol.RequestPayloadError:
+            return _error(400, "the request body is not what its headers say", "invalid_body")
 
     # --- generation ----------------------------------------------------------------------------------------------
 
@@ -244,7 +246,9 @@ def _headers(request: web.BaseRequest, flight: Flight, content_type: str | None 
     if flight.describe is not None:
         answer = flight.answer
         headers["X-Elis-Job"] = flight.spec.id
-        headers["X-Elis-Sliced"] = f"no; {answer.reason}" if answer.reason else answer.mode.value
+        # The reason may quote the client's own words, of which line ends must not get into a header.
+        reason = "".join(c if c.isprintable() else "?" for c in answer.reason)
+        headers["X-Elis-Sliced"] = f"no; {reason}" if reason else answer.mode.value
         if flight.first_estimate is not None:
             headers["X-Elis-Estimate"] = f"{flight.first_estimate.remaining:.1f}"
         if flight.job is not None:

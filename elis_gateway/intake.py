@@ -78,7 +78,7 @@ class Intake(Observer):
         spec = JobSpec(
             id=job_id,
             model=model,
-            app=headers.get("X-Elis-App") or _app(request, headers.get("Authorization", "")),
+            app=_readable(headers.get("X-Elis-App", "")) or _app(request, headers.get("Authorization", "")),
             prompt=request.prompt_text if self._reads_text else "",
             prompt_tokens=size // 4,
             limit=answer.limit,
@@ -169,8 +169,13 @@ def continuation(request: Request, able: Capabilities) -> tuple[Mode, str]:
     return Mode.WHOLE, "no_token_ids"
 
 
+def _readable(header: str) -> str:
+    """A header's value as text that can be written anywhere: bytes that were no UTF-8 came as lone surrogates."""
+    return header if header.isascii() else header.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def _app(request: Request, client_key: str) -> str:
-    digest = hashlib.blake2b(client_key.encode(), digest_size=8)
+    digest = hashlib.blake2b(client_key.encode("utf-8", "surrogateescape"), digest_size=8)
     for part in request.app_parts:
         digest.update(b"\0")
         digest.update(part.encode("utf-8", "surrogatepass"))

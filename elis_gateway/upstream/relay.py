@@ -14,7 +14,7 @@ import orjson
 from aiohttp import web
 from multidict import CIMultiDict
 
-from elis_gateway.errors import ModelNotFound, Overloaded, UpstreamError
+from elis_gateway.errors import ClientError, ModelNotFound, Overloaded, UpstreamError
 from elis_gateway.upstream.fleet import Fleet
 from elis_gateway.upstream.http import HttpUpstream, abort, unavailable
 
@@ -66,7 +66,10 @@ class Relay:
             return body, None
         if model in self.aliases:
             fields["model"] = model = self.aliases[model]
-            body = orjson.dumps(fields)
+            try:
+                body = orjson.dumps(fields)
+            except orjson.JSONEncodeError as error:
+                raise ClientError("The request body is nested too deeply.", code="invalid_json") from error
         return body, model
 
     def _candidates(self, model: str | None) -> list[HttpUpstream]:

@@ -197,3 +197,35 @@ async def test_a_client_that_asks_before_sending_is_told_to_go_ahead() -> None:
         assert (await reader.readline()).startswith(b"HTTP/1.1 200")
         writer.close()
         await writer.wait_closed()
+
+
+DEEP = b"[" * 300 + b"]" * 300
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers", "status"),
+    [
+        (COMPLETIONS, b'{"model": "sim", "prompt": "a", "tools": ' + DEEP + b"}", {}, 400),
+        ("/v1/embeddings", b'{"model": "alias", "input": ' + DEEP + b"}", {}, 400),
+        (COMPLETIONS, b"{}", {"Content-Encoding": "gzip"}, 400),
+        (COMPLETIONS, b'{"model": "sim", "prompt": "a", "x\\r\\ny\\u0000": 1}', {"X-Elis-Debug": "1"}, 200),
+        (COMPLETIONS, b'{"model": "sim", "prompt": "a"}', {"Authorization": "\udcff", "X-Elis-App": "\udcff"}, 200),
+        (COMPLETIONS, b'{"model": "sim", "prompt": "a"}', {"Authorization": "\udcff"}, 200),
+    ],
+)
+async def test_a_hostile_request_is_answered_like_any_other(
+    path: str, body: bytes, headers: dict[str, str], status: int
+) -> None:
+    async with world(models={"alias": "sim"}) as w:
+        reader, writer = await asyncio.open_connection("127.0.0.1", w.gateway.port)
+        head = {"Host": "x", "Content-Type": "application/json", "Connection": "close", **headers}
+        lines = "".join(f"{name}: {value}\r\n" for name, value in head.items())
+        start = f"POST {path} HTTP/1.1\r\n{lines}Content-Length: {len(body)}\r\n\r\n"
+        writer.write(start.encode("utf-8", "surrogateescape") + body)
+        answer = await reader.read()
+        writer.close()
+        got, _, document = answer.partition(b"\r\n\r\n")
+        assert got.startswith(b"HTTP/1.1 %d " % status), answer
+        assert ("error" in orjson.loads(document)) is (status != 200)
+        async with w.session.get(w.admin + "/admin/jobs") as response:
+            assert response.status == 200
