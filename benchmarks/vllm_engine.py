@@ -208,7 +208,7 @@ def vllm(
     priority: bool = False,
     extra: Sequence[str] = (),
     log: Path | None = None,
-    timeout: float = 300.0,
+    timeout: float = 600.0,
     say: Say = print,
 ) -> Iterator[str]:
     """vLLM as a child: yields its base URL (``http://127.0.0.1:PORT``) once it is ready, within a minute or so.
