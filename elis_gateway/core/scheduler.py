@@ -353,14 +353,16 @@ class Scheduler:
 
     def _fill(self, upstream: Upstream, now: float) -> None:
         """Give every free slot of ``upstream`` to the best job that may run there."""
-        while upstream.free > 0:
-            head = self.room.best_for(upstream, now)
+        room = self.room
+        for _ in range(upstream.free):
+            head = room.best_for(upstream, now)
             if head is None:
-                head = self.room.stray_for(upstream, self._fixed_window, now)
+                head = room.stray_for(upstream, self._fixed_window, now)
                 if head is None:
                     return
-            self.room.queue_of(head.job).discard(head.job)
-            self._start(head.job, upstream, now, head.key if head.late else None)
+            job = head.job
+            room.queue_of(job).discard(job)
+            self._start(job, upstream, now, head.key if head.late else None)
 
     def _start(self, job: Job, upstream: Upstream, now: float, key: float | None = None) -> None:
         pool = self.pools[job.spec.model]
