@@ -65,6 +65,11 @@ class Estimator:
             _log.debug("request %s: no estimate within %g s", job.spec.id, self._deadline)
         except (ValueError, RuntimeError, OSError) as error:
             _log.warning("request %s: the predictor failed: %s", job.spec.id, error)
+        except Exception:
+            # Anybody's code: raised and logged, but the job must not wait for ever for an answer.
+            flight.refining = False
+            self._answer(flight, job, None, asked)
+            raise
         finally:
             flight.refining = False
         if estimate is not None and (since := job.attained - view.attained) > 0:

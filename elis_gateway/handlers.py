@@ -103,8 +103,8 @@ class Handlers:
         body = await request.read()
         headers = request.headers
         flight = self._intake.flight(openai.parse(route, body), len(body), headers)
-        self._dispatcher.submit(flight)
         try:
+            self._dispatcher.submit(flight)
             if flight.request.stream:
                 response = await self._stream(request, flight)
             else:

@@ -331,8 +331,9 @@ async def test_an_estimate_made_meanwhile_is_counted_down() -> None:
 
 
 @jumping
-async def test_a_predictor_that_fails_holds_nobody_up() -> None:
-    desk = Desk(predictor=Slow(0.01, error=RuntimeError("no model")))
+@pytest.mark.parametrize("error", [RuntimeError("no model"), KeyError("a bug")])
+async def test_a_predictor_that_fails_holds_nobody_up(error: Exception) -> None:
+    desk = Desk(predictor=Slow(0.01, error=error))
     assert await text(desk.submit(20)) == words(20)
 
 
