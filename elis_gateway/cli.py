@@ -61,6 +61,9 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except GatewayError as error:
             raise _Failure(str(error), 2 if isinstance(error, ConfigError | MissingExtra) else 1) from error
+        except OSError as error:
+            # An address in use, a file that cannot be opened: the operator's to mend, no traceback needed.
+            raise _Failure(str(error), 1) from error
 
 
 def _imported(module: str, extra: str, what: str) -> click.Command:

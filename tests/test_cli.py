@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -83,3 +84,16 @@ def test_sim_engine_serves_until_it_is_told_to_stop() -> None:
             assert reply.status == 200
         process.terminate()
         assert process.wait(20) in (0, -15)
+
+
+def test_an_address_in_use_is_said_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        path.write_text(
+            f"server: {{host: 127.0.0.1, port: {port}}}\nupstreams: [{{url: 'http://127.0.0.1:9', slots: 1}}]\n"
+        )
+        result = run("serve", str(path))
+    assert result.exit_code == 1
+    assert result.output.splitlines()[-1].startswith("Error: ")
+    assert "address already in use" in result.output.splitlines()[-1]
