@@ -30,6 +30,7 @@ from elis_gateway.metrics import Metrics
 from elis_gateway.tasks import spawn
 from elis_gateway.traffic_log import TrafficLog
 from elis_gateway.upstream.fleet import Fleet
+from elis_gateway.upstream.http import check
 from elis_gateway.upstream.relay import Relay
 
 __all__ = ["Gateway", "serve"]
@@ -90,6 +91,8 @@ class Gateway:
             estimate_deadline=getattr(config.predictor, "deadline", 0.5),
         )
         self._relay = Relay(self.fleet, config.models)
+        self._leaving: set[str] = set()
+        """Upstreams that are drained, and afterwards forgotten or made anew."""
         self._runners: list[web.BaseRunner] = []
         self._sites: list[web.TCPSite] = []
 
@@ -121,11 +124,19 @@ class Gateway:
         await self.dispatcher.drain(self.config.server.shutdown_grace if grace is None else grace)
         while self._runners:
             await self._runners.pop().cleanup()
-        if self.predictor is not None:
-            self.predictor.save()
+        self._save()
         await self.fleet.close()
         if self._traffic_log is not None:
             await asyncio.to_thread(self._traffic_log.close)
+
+    def _save(self) -> None:
+        if self.predictor is None:
+            return
+        try:
+            self.predictor.save()
+        except OSError as error:
+            # Stopping goes on: connections and the traffic log are still to be closed.
+            _log.error("what the predictor learned is lost: %s", error)
 
     def hurry(self) -> None:
         """End the grace of ``stop`` now."""
@@ -243,6 +254,7 @@ class Gateway:
         new = self._reload()
         applied: list[str] = []
         old = self.config
+        self._check(new)
         if (new.scheduler.policy, new.scheduler.aging) != (self._policy, self._aging):
             self._use_policy(new.scheduler.policy, new.scheduler.aging)
             applied.append("scheduler.policy")
@@ -253,34 +265,44 @@ class Gateway:
             self._intake.classes = dict(new.scheduler.classes)
             self._intake.default_class = new.scheduler.default_class
             applied.append("scheduler.classes")
+        self.config = new
         if new.upstreams != old.upstreams:
-            await self._change_upstreams(new)
+            await self._change_upstreams(old, new)
             applied.append("upstreams")
         restart = _needs_restart(old, new)
-        self.config = new
         _log.info(
             "configuration read again; applied: %s; needs a restart: %s", applied or "nothing", restart or "nothing"
         )
         return {"applied": applied, "needs_restart": restart}
 
-    async def _change_upstreams(self, new: Config) -> None:
-        before = {u.name: u for u in self.config.upstreams}
+    def _check(self, new: Config) -> None:
+        """All or nothing: what could only fail half-way, a key or a certificate that is not there, is tried first."""
+        for upstream in new.upstreams:
+            if upstream not in self.config.upstreams:
+                check(upstream)
+
+    async def _change_upstreams(self, old: Config, new: Config) -> None:
+        before = {u.name: u for u in old.upstreams}
         after = {u.name: u for u in new.upstreams}
         for name in before:
-            if after.get(name) != before[name]:
+            if after.get(name) != before[name] and name not in self._leaving:
+                self._leaving.add(name)
                 self.fleet.drain(name)
-                spawn(self._replace(name, after.get(name)), name=f"replace upstream {name}")
+                spawn(self._replace(name), name=f"replace upstream {name}")
         for name in after:
-            if name not in before:
+            # One that is on its way out comes back when it is gone, as the configuration then says.
+            if name not in before and name not in self._leaving:
                 await self.fleet.add(after[name])
 
-    async def _replace(self, name: str, settings: Any) -> None:
-        """Once what runs there has finished, forget the upstream, and begin anew with what it has become."""
+    async def _replace(self, name: str) -> None:
+        """Once what runs there has finished, forget the upstream, and begin anew with what it has become by then."""
         await self.dispatcher.idle(name)
         await self.fleet.remove(name)
         self.dispatcher.upstream_removed(name)
-        if settings is not None:
-            await self.fleet.add(settings)
+        self._leaving.discard(name)
+        for settings in self.config.upstreams:
+            if settings.name == name:
+                await self.fleet.add(settings)
 
 
 def _needs_restart(old: Config, new: Config) -> list[str]:

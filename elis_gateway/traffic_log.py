@@ -161,8 +161,8 @@ class TrafficLog(Observer):
                         self._append(orjson.dumps(made, option=orjson.OPT_APPEND_NEWLINE))
                 if self._file is not None:
                     self._file.flush()
-            except OSError as error:
-                # Serving goes on without its record; the log says so.
+            except (OSError, orjson.JSONEncodeError) as error:
+                # Serving goes on without its record; the log says so. This thread goes on: without it rows pile up.
                 _log.error("%s: %d rows lost: %s", self._path, len(batch), error)
             if None in batch:
                 if self._file is not None:
@@ -172,6 +172,9 @@ class TrafficLog(Observer):
     def _append(self, line: bytes) -> None:
         if self._file is None:
             return
+        if self._file.closed:
+            # The last rotation failed half-way.
+            self._file = self._path.open("ab")
         size = self._file.tell()
         if size and size + len(line) > self._max_bytes:
             self._file.close()

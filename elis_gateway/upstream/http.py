@@ -26,7 +26,7 @@ from elis_gateway.upstream.base import Capabilities
 from elis_gateway.wire.continuation import Call
 from elis_gateway.wire.sse import DONE, EventDecoder
 
-__all__ = ["HttpSession", "HttpUpstream", "abort", "retry_after", "unavailable"]
+__all__ = ["HttpSession", "HttpUpstream", "abort", "check", "retry_after", "unavailable"]
 
 _POOL_IDLE = 4.0
 """Seconds an idle connection is kept: less than the 5 s after which uvicorn, under vLLM, closes it."""
@@ -354,6 +354,12 @@ def retry_after(value: str | None) -> float | None:
         if 0 <= seconds < 86_400:
             return seconds
     return None
+
+
+def check(settings: config.Upstream) -> None:
+    """Is everything there that an upstream's settings refer to? Raises ``ConfigError``."""
+    _api_key(settings.api_key_env)
+    _ssl(settings.tls)
 
 
 def _api_key(variable: str | None) -> str | None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
 
+from elis_gateway.config import from_mapping
 from elis_gateway.metrics import SERIES
 from elis_gateway.tasks import spawn
 from elis_gateway.traffic_log import SCHEMA, Row, text_hash
-from tests.gateway.world import COMPLETIONS, World, paced, until, world
+from tests.gateway.world import COMPLETIONS, World, paced, payloads, read_until, until, world
 
 BODY: dict[str, Any] = {"model": "sim", "prompt": "Tell me", "max_tokens": 120, "ignore_eos": True}
 TABLE = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -130,3 +132,63 @@ async def test_the_traffic_log_rotates(tmp_path: Path) -> None:
             await w.ask(COMPLETIONS, {**BODY, "max_tokens": 3})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["traffic.jsonl", "traffic.jsonl.1", "traffic.jsonl.2"]
     assert all(p.stat().st_size <= 1500 for p in tmp_path.iterdir())
+
+
+async def test_a_name_that_is_no_text_costs_the_traffic_log_one_row(tmp_path: Path) -> None:
+    path = tmp_path / "traffic.jsonl"
+    async with world(traffic_log={"path": str(path)}) as w:
+        writer = w.gateway._traffic_log
+        assert writer is not None
+        writer._rows.put({"app": "\udcff"})  # type: ignore[arg-type]
+        await until(lambda: writer._rows.empty())
+        await w.ask(COMPLETIONS, BODY)
+    assert len(path.read_bytes().splitlines()) == 1
+
+
+async def test_a_history_that_cannot_be_written_does_not_keep_the_gateway_from_stopping(tmp_path: Path) -> None:
+    async with world(predictor={"kind": "history", "path": str(tmp_path / "nowhere" / "h.json")}) as w:
+        await w.gateway.stop(0.0)
+        assert all(u._client is None for u in w.gateway.fleet.upstreams.values())
+
+
+class _Files:
+    """A gateway whose configuration file changes."""
+
+    def __init__(self, w: World) -> None:
+        self.w = w
+        self.given = w.gateway.config.model_dump(mode="json", exclude_defaults=True)
+        self.w.gateway._reload = lambda: from_mapping(self.given)
+
+    async def reload(self, **upstreams: Mapping[str, object]) -> int:
+        """Upstreams by name, with what differs from the one there was."""
+        first = self.w.gateway.config.upstreams[0].model_dump(mode="json")
+        base = {**first, "url": self.w.engine.url}
+        self.given = {**self.given, "upstreams": [{**base, "name": n, **more} for n, more in upstreams.items()]}
+        async with self.w.session.post(self.w.admin + "/admin/reload") as response:
+            return response.status
+
+
+async def test_a_reload_is_all_or_nothing() -> None:
+    async with world() as w:
+        files = _Files(w)
+        assert await files.reload(a={}) == 200
+        await until(lambda: list(w.gateway.fleet.upstreams) == ["a"])
+        for upstreams in ({"a": {"api_key_env": "NOT_THERE"}}, {"b": {"api_key_env": "NOT_THERE"}}):
+            assert await files.reload(**upstreams) == 400
+            assert list(w.gateway.fleet.upstreams) == ["a"]
+        assert await files.reload(a={"slots": 3}) == 200
+        await until(lambda: bool(w.gateway.fleet.models))
+        assert w.gateway.core.upstreams["a"].info.slots == 3
+
+
+async def test_an_upstream_that_is_wanted_again_before_it_was_gone_comes_back() -> None:
+    async with world(paced(100)) as w:
+        files = _Files(w)
+        assert await files.reload(a={}) == 200
+        await until(lambda: list(w.gateway.fleet.models) == ["sim"])
+        async with w.post(COMPLETIONS, {**BODY, "stream": True, "max_tokens": 60, "ignore_eos": True}) as response:
+            await read_until(response, 1)
+            assert await files.reload(b={}) == 200
+            assert await files.reload(a={"slots": 2}, b={}) == 200
+            assert payloads(await response.read())[-1] == b"[DONE]"
+        await until(lambda: sorted(u.info.slots for u in w.gateway.core.upstreams.values()) == [2, 4])
