@@ -17,7 +17,7 @@ from aiohttp import web
 
 from elis_gateway import build
 from elis_gateway.admin import make_admin_app
-from elis_gateway.config import Config
+from elis_gateway.config import Config, ExternalPolicy
 from elis_gateway.core.placement import UpstreamInfo
 from elis_gateway.core.scheduler import Scheduler
 from elis_gateway.dispatcher import Dispatcher
@@ -233,6 +233,9 @@ class Gateway:
     def set_policy(self, wanted: Any) -> None:
         """Order by another policy from now on. Raises ``ConfigError``."""
         section, aging = build.parse_policy(wanted)
+        if isinstance(section, ExternalPolicy) and section != self.config.scheduler.policy:
+            # Naming a class means calling it: whoever reaches this port could run anything.
+            raise ConfigError("policy: a class of your own has to be named in the configuration file")
         self._use_policy(section, self._aging if aging is None else aging)
 
     def _use_policy(self, section: Any, aging: Any) -> None:

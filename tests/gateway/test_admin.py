@@ -102,6 +102,13 @@ async def test_a_policy_that_makes_no_sense_changes_nothing(wanted: bytes) -> No
         assert (await _get(w, "/admin/policy"))["kind"] == "isrtf"
 
 
+async def test_nobody_names_code_to_be_run_over_the_network(tmp_path: Path) -> None:
+    wanted = {"kind": "os:mkdir", "options": {"path": str(tmp_path / "made")}}
+    async with world() as w, w.session.put(w.admin + "/admin/policy", json=wanted) as response:
+        assert response.status == 400
+    assert not (tmp_path / "made").exists()
+
+
 async def test_upstreams_and_reload() -> None:
     async with world() as w:
         found = (await _get(w, "/admin/upstreams"))["upstreams"]
