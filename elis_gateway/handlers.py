@@ -80,6 +80,9 @@ class Handlers:
         if "Expect" in request.headers:
             _go_ahead(request)
         handler = self._routes.get((request.method, path))
+        if handler is None and "%" in path:
+            # Another spelling of a route of ours must not go past the queue.
+            handler = self._routes.get((request.method, request.rel_url.path))
         if handler is None:
             handler = self._relay if path.startswith("/v1/") else _not_found
         try:

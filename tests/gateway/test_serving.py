@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 import pytest
+from yarl import URL
 
 from tests.gateway.world import CHAT, COMPLETIONS, paced, payloads, read_until, until, world
 
@@ -229,3 +230,11 @@ async def test_a_hostile_request_is_answered_like_any_other(
         assert ("error" in orjson.loads(document)) is (status != 200)
         async with w.session.get(w.admin + "/admin/jobs") as response:
             assert response.status == 200
+
+
+async def test_another_spelling_of_the_path_does_not_go_past_the_queue() -> None:
+    async with world() as w:
+        url = URL(w.url + "/v1/%63ompletions", encoded=True)
+        async with w.session.post(url, json={"model": "sim", "prompt": "a"}) as response:
+            assert response.status == 200
+        await until(lambda: len(w.gateway.journal.recent(9)) == 1)
