@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import ssl
 from collections.abc import Callable
 from contextlib import suppress
@@ -67,7 +68,11 @@ class HttpUpstream:
         timeouts = self.settings.timeouts
         self._client = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
-                limit=0, keepalive_timeout=_POOL_IDLE, ssl=_ssl(self.settings.tls), ttl_dns_cache=10
+                limit=0,
+                keepalive_timeout=_POOL_IDLE,
+                ssl=_ssl(self.settings.tls),
+                ttl_dns_cache=10,
+                socket_factory=_watched_socket,
             ),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=timeouts.connect or None),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -354,6 +359,20 @@ def retry_after(value: str | None) -> float | None:
         if 0 <= seconds < 86_400:
             return seconds
     return None
+
+
+def _watched_socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    """A socket that notices within a minute that its peer's machine is gone, also while nothing is sent.
+
+    A patient call has no other clock: without this it would hold its slot for ever.
+    """
+    family, kind, protocol, *_ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if (option := getattr(socket, name, None)) is not None:
+            made.setsockopt(socket.IPPROTO_TCP, option, value)
+    return made
 
 
 def check(settings: config.Upstream) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
@@ -193,4 +194,18 @@ async def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatc
     async with SimServer(replace(AT_ONCE, api_key="secret")) as engine:
         upstream = await _http(engine, [], api_key_env="ENGINE_KEY")
         assert await _tokens(upstream, call(4)) == 4
+        await upstream.close()
+
+
+async def test_a_machine_that_is_gone_is_noticed_while_nothing_is_sent() -> None:
+    async with SimServer(AT_ONCE) as engine:
+        upstream = HttpUpstream(Settings.model_validate({"url": engine.url, "slots": 4}))
+        await upstream.start()
+        async with upstream.open(call(2000), request_id="a") as session:
+            response = session._response
+            assert response is not None
+            assert response.connection is not None
+            assert response.connection.transport is not None
+            found = response.connection.transport.get_extra_info("socket")
+            assert found.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         await upstream.close()
