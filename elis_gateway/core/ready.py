@@ -29,6 +29,10 @@ class Head(NamedTuple):
     job: Job
 
 
+_new_head = tuple.__new__
+"""``Head(...)`` without the detour through Python that a named tuple's constructor takes."""
+
+
 class ReadyQueue:
     """Waiting jobs in the order they should run."""
 
@@ -44,7 +48,7 @@ class ReadyQueue:
         """Add ``job``, or give a waiting job a new key: ``seq`` must be larger than any before."""
         job.entry = seq
         heap = self._heap
-        heappush(heap, Head(job.spec.rank, 1, key, seq, job))
+        heappush(heap, _new_head(Head, (job.spec.rank, 1, key, seq, job)))
         if job.due is not None:
             heappush(self._due, Head(job.spec.rank, 0, job.due, seq, job))
         self.live += 1

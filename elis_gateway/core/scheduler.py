@@ -33,7 +33,9 @@ from elis_gateway.core.waiting import WaitingRoom
 
 __all__ = ["Scheduler", "SchedulerConfig"]
 
+# Looking a member up in its enum costs more than comparing it.
 _READY, _RUNNING, _ESTIMATING, _DONE = JobState.READY, JobState.RUNNING, JobState.ESTIMATING, JobState.DONE
+_FINISHED, _WINDOW = SliceEnd.FINISHED, SliceEnd.WINDOW
 _SEAM_TOKENS = 2.0
 """Assumed until learned; an engine on a GPU needs one or two, a small one on a CPU four."""
 _CLASS_STRIDE = 10**13
@@ -180,19 +182,19 @@ class Scheduler:
         if result.limit is not None and result.limit != job.spec.limit:
             job.spec = job.spec._replace(limit=result.limit)
         end = result.end
-        if end is SliceEnd.FINISHED:
+        if end is _WINDOW:
+            self._continue(job, upstream, now)
+        elif end is _FINISHED:
             self.pools[job.spec.model].answered(job.attained)
             self._finish(job, Outcome.COMPLETED, result.cause, now)
-        elif end is SliceEnd.FAILED:
-            self._finish(job, Outcome.FAILED, result.cause, now)
-        elif end is SliceEnd.INTERRUPTED:
-            self._interrupted(job, result.cause, now)
         elif end is SliceEnd.PREEMPTED:
             if running.started or result.attained > running.base:
                 job.preemptions += 1
             self._enqueue(job, now, place=False)
+        elif end is SliceEnd.INTERRUPTED:
+            self._interrupted(job, result.cause, now)
         else:
-            self._continue(job, upstream, now)
+            self._finish(job, Outcome.FAILED, result.cause, now)
         self._fill(upstream, now)
         return self._take()
 
