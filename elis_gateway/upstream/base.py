@@ -31,6 +31,8 @@ class Capabilities(NamedTuple):
     """Chat runs through a reasoning or tool parser, which a continuation would bypass."""
     kind: str = "other"
     """``vllm``, ``llama.cpp`` or ``other``: for people and metrics, decides nothing."""
+    settled: bool = True
+    """False: some question found no answer (the engine was full, or stumbled) and should be asked again."""
 
 
 class Session(Protocol):

@@ -23,6 +23,9 @@ __all__ = ["Fleet"]
 
 _log = logging.getLogger("elis_gateway.upstream")
 
+_ASK_AGAIN = 5
+"""Probing intervals between two attempts to find out what an upstream can do, where the first was not conclusive."""
+
 Listener = Callable[[UpstreamInfo], None]
 
 
@@ -42,6 +45,8 @@ class _Member:
         self._changed = changed
         self._nudge = asyncio.Event()
         self._capable = False
+        self._ask_at = 0.0
+        """When what it can do is asked again, where it was not settled."""
 
     @property
     def info(self) -> UpstreamInfo:
@@ -72,27 +77,33 @@ class _Member:
 
     async def _look(self) -> None:
         was_up = self.health.up
+        loop = asyncio.get_running_loop()
         try:
             await self.upstream.get(self.settings.health.path)
-            if not self._capable:
+            if not self._capable and loop.time() >= self._ask_at:
                 # New, or back after an absence in which it may have become another: ask before it gets work.
                 self.upstream.capabilities = await probe(self.upstream, orders=self.overcommit > 0)
-                self._capable = True
+                self._capable = self.upstream.capabilities.settled
+                self._ask_at = loop.time() + _ASK_AGAIN * self.settings.health.interval
         except UpstreamError as error:
             self.health.probed(False, error.cause)
         else:
             self.health.probed(True)
         if was_up and not self.health.up:
-            self._capable = False
+            self._forget()
         if was_up != self.health.up:
             _log.info("upstream %s is %s", self.upstream.id, "up" if self.health.up else f"down: {self.health.cause}")
+
+    def _forget(self) -> None:
+        self._capable = False
+        self._ask_at = 0.0
 
     def _failed(self, error: UpstreamError) -> None:
         """A call failed. What it means is settled now: whoever asks next must not be sent there again."""
         was_up = self.health.up
         self.health.failed(error, asyncio.get_running_loop().time())
         if was_up and not self.health.up:
-            self._capable = False
+            self._forget()
             _log.warning("upstream %s is down: %s", self.upstream.id, error)
         self._changed(self)
         self._nudge.set()

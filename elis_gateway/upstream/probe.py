@@ -43,11 +43,16 @@ async def probe(upstream: HttpUpstream, *, orders: bool = False) -> Capabilities
     context = {name: length for name in models if (length := settings.context or listed.get(name))}
     model = min(models, default=None)
     kind = await _kind(upstream)
-    ids = settings.continuation == "ids"
+    ids, settled = settings.continuation == "ids", True
     if settings.continuation == "auto" and model is not None:
-        ids = await (_shows_ids if kind == LLAMA_CPP else _returns_ids)(upstream, model)
+        try:
+            ids = await (_shows_ids if kind == LLAMA_CPP else _returns_ids)(upstream, model)
+        except (UpstreamError, TimeoutError) as error:
+            # Not a no: an engine that was busy for a moment must not go unsliced until it is restarted.
+            _log.info("upstream %s: whether it returns token ids is not known yet: %s", upstream.id, error)
+            settled = False
     ordering = settings.engine_priority == "on"
-    if settings.engine_priority == "auto" and orders and model is not None:
+    if settings.engine_priority == "auto" and orders and model is not None and settled:
         ordering = await _orders(upstream, model, settings.slots)
     return Capabilities(
         models=models,
@@ -57,6 +62,7 @@ async def probe(upstream: HttpUpstream, *, orders: bool = False) -> Capabilities
         orders=ordering,
         chat_parser=settings.chat_parser,
         kind=kind,
+        settled=settled,
     )
 
 
@@ -111,7 +117,9 @@ async def _complete(upstream: HttpUpstream, model: str, prompt: str | list[Any],
     try:
         async with asyncio.timeout(_PATIENCE), upstream.open(_call(body, stream=False), request_id="probe") as session:
             return _json(await session.whole())
-    except (UpstreamError, TimeoutError) as error:
+    except UpstreamError as error:
+        if error.retryable:
+            raise
         _log.debug("upstream %s: probe for token ids: %s", upstream.id, error)
         return None
 

@@ -9,11 +9,13 @@ import pytest
 
 from elis_gateway.config import Upstream as Settings
 from elis_gateway.errors import UpstreamRefused
+from elis_gateway.sim.faults import Fault
 from elis_gateway.sim.server import ServerConfig, SimServer
 from elis_gateway.upstream.base import Capabilities
+from elis_gateway.upstream.fleet import Fleet
 from elis_gateway.upstream.http import HttpUpstream
 from elis_gateway.upstream.probe import probe
-from tests.gateway.world import AT_ONCE, paced
+from tests.gateway.world import AT_ONCE, paced, until
 
 
 async def _probe(config: ServerConfig, *, orders: bool = False, **settings: Any) -> Capabilities:
@@ -58,3 +60,16 @@ async def test_priority_is_settled_by_who_starts_first(priority: Any, orders: bo
 async def test_a_server_that_refuses_to_list_its_models_is_not_usable() -> None:
     with pytest.raises(UpstreamRefused):
         await _probe(replace(AT_ONCE, api_key="secret"))
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+async def test_an_engine_that_was_busy_for_a_moment_is_asked_again(skip: int) -> None:
+    async with SimServer(AT_ONCE) as engine:
+        engine.faults.add(Fault("status", status=503, skip=skip, path="/v1/completions"))
+        settings = Settings.model_validate({"url": engine.url, "slots": 2, "health": {"interval": 0.02}})
+        fleet = Fleet([settings], lambda info: None)
+        await fleet.start()
+        (upstream,) = fleet.upstreams.values()
+        await until(lambda: upstream.capabilities.ids)
+        assert upstream.capabilities.settled
+        await fleet.close()
