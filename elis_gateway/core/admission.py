@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from heapq import heappop, heappush
+from collections.abc import Container
+from heapq import heapify, heappop, heappush
 from typing import Literal
 
 __all__ = ["Alarms", "Reason"]
@@ -17,12 +18,13 @@ class Alarms:
     Holds job ids, not jobs; an alarm of a job that is gone is dropped when it falls due.
     """
 
-    __slots__ = ("_deadlines", "_unavailable", "_waits")
+    __slots__ = ("_deadlines", "_limit", "_unavailable", "_waits")
 
     def __init__(self) -> None:
         self._waits: deque[tuple[float, str]] = deque()
         self._unavailable: deque[tuple[float, str]] = deque()
         self._deadlines: list[tuple[float, str]] = []
+        self._limit = 1000
 
     def wait_until(self, when: float, job_id: str) -> None:
         """The job must have started by then."""
@@ -35,6 +37,16 @@ class Alarms:
     def done_until(self, when: float, job_id: str) -> None:
         """The job must be over by then."""
         heappush(self._deadlines, (when, job_id))
+
+    def forget_all_but(self, jobs: Container[str]) -> None:
+        """Drop the alarms of other jobs, once most are: an alarm may be set for long after its job is over."""
+        if len(self._waits) + len(self._unavailable) + len(self._deadlines) < self._limit:
+            return
+        self._waits = deque(a for a in self._waits if a[1] in jobs)
+        self._unavailable = deque(a for a in self._unavailable if a[1] in jobs)
+        self._deadlines = [a for a in self._deadlines if a[1] in jobs]
+        heapify(self._deadlines)
+        self._limit = 1000 + 2 * (len(self._waits) + len(self._unavailable) + len(self._deadlines))
 
     def next(self) -> float | None:
         """The earliest alarm."""

@@ -74,9 +74,9 @@ class Job:
     """
 
     __slots__ = (
-        "arrival", "attained", "cause", "due", "entry", "estimate", "estimate_at", "failures", "finished", "first_run",
-        "first_token", "home", "outcome", "preemptions", "ready_since", "served", "slice", "slices", "spec", "state",
-        "waited",
+        "arrival", "attained", "avoid", "cause", "due", "entry", "estimate", "estimate_at", "failures", "finished",
+        "first_run", "first_token", "home", "outcome", "preemptions", "ready_since", "served", "slice", "slices",
+        "spec", "state", "waited",
     )  # fmt: skip
 
     def __init__(self, spec: JobSpec, arrival: float) -> None:
@@ -90,6 +90,8 @@ class Job:
         """``attained`` when the estimate was made; it is counted down from there."""
         self.home: str | None = None
         """The upstream whose prefix cache is warm for this job."""
+        self.avoid: str | None = None
+        """The upstream that failed it last; left alone while another is up."""
         self.slice: int | None = None
         """Id of the slice in flight."""
         self.slices = 0

@@ -11,10 +11,10 @@
 
 News of a job that is DONE is dropped. News of an unknown slice is a bug and raises.
 
-After every input free slots are filled (work conserving), with two named exceptions: a slot held for the estimate of
-the job that just left it, and a job that waits for its warm home because prefilling it elsewhere would cost more than
-the wait. Where the engine keeps a queue of its own (``overcommit``), calls in flight
-never exceed ``slots + overcommit``.
+After every input free slots are filled (work conserving), with three named exceptions: a slot held for the estimate of
+the job that just left it; an upstream that just failed the job next in line while another is up; and a job that waits
+for its warm home because prefilling it elsewhere would cost more than the wait. Where the engine keeps a queue of its
+own (``overcommit``), calls in flight never exceed ``slots + overcommit``.
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ class Scheduler:
             self._finish(job, Outcome.REJECTED, "queue_full", now)
             return self._take()
         self.jobs[spec.id] = job
+        self._alarms.forget_all_but(self.jobs)
         pool.arrived(now)
         pool.shadow.arrived(job)
         if self.config.queue_ttl is not None:
@@ -155,6 +156,7 @@ class Scheduler:
         self._measure(running, attained, now)
         job.attained = attained
         job.failures = 0
+        job.avoid = None
         if self._estimates:
             # Its answer, even if it is none, makes the new key.
             self._actions.append(AskEstimate(job))
@@ -175,6 +177,7 @@ class Scheduler:
         self._measure(running, result.attained, now)
         if result.attained > running.base:
             job.failures = 0
+            job.avoid = None
             if job.first_token is None:
                 job.first_token = now
         job.attained = result.attained
@@ -229,7 +232,9 @@ class Scheduler:
         if info.slots == 0 or stale:
             for job in upstream.queue.drain():
                 self._enqueue(job, now)
-        self._fill(upstream, now)
+        for each in self.upstreams.values():
+            # The others too: what was left for a better place may have to be taken where it is now.
+            self._fill(each, now)
         return self._take()
 
     def upstream_removed(self, upstream_id: str, now: float) -> list[Action]:
@@ -271,10 +276,11 @@ class Scheduler:
     # ---- views ------------------------------------------------------------------------------------------------
 
     def waiting(self, model: str | None = None) -> int:
-        """Jobs in the ready queues, of one model or of all."""
+        """Jobs in the ready queues: all, or those that wait for an upstream of ``model``."""
         if model is None:
             return self.room.count()
-        return sum(1 for j in self.jobs.values() if j.state is _READY and j.spec.model == model)
+        pool = self.pools.get(model)
+        return 0 if pool is None else pool.queue.live + sum(u.queue.live for u in pool.upstreams)
 
     def running(self, upstream_id: str) -> int:
         """Slices in flight on one upstream."""
@@ -363,6 +369,8 @@ class Scheduler:
                 if head is None:
                     return
             job = head.job
+            if job.avoid is not None and room.shuns(job, upstream):
+                return
             room.queue_of(job).discard(job)
             self._start(job, upstream, now, head.key if head.late else None)
 
@@ -448,7 +456,7 @@ class Scheduler:
         if job.failures > self.config.retries:
             self._finish(job, Outcome.FAILED, cause, now)
             return
-        job.home = None
+        job.avoid, job.home = job.home, None
         self._enqueue(job, now)
 
     def _drop(self, job: Job, outcome: Outcome, cause: str, now: float) -> None:

@@ -69,6 +69,8 @@ class Shadow:
 
     def over(self, job: Job, slot_time: float) -> None:
         """``job`` is over; ``slot_time``: how long it would have held a slot uncut."""
+        if not self._open or job.arrival < self._open[0].arrival:
+            return  # settled before its time
         self._slot_time[job.spec.id] = slot_time
         while self._open and self._open[0].outcome is not None:
             self._settle(self._open.popleft())

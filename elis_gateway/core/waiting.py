@@ -82,7 +82,7 @@ class WaitingRoom:
         """The slot a job that just became READY may take at once: its warm home, else the least loaded that pays."""
         best: Upstream | None = None
         for upstream in pool.upstreams:
-            if upstream.free <= 0:
+            if upstream.free <= 0 or self.shuns(job, upstream):
                 continue
             if upstream.info.id == job.home:
                 return upstream
@@ -91,6 +91,12 @@ class WaitingRoom:
         if best is not None and job.home is not None and not self.move_pays(job, window):
             return None
         return best
+
+    def shuns(self, job: Job, upstream: Upstream) -> bool:
+        """Did ``upstream`` just fail ``job`` while another is up? A broken replica is always the least loaded."""
+        if job.avoid != upstream.info.id:
+            return False
+        return any(other is not upstream and other.info.slots for other in self.pools[job.spec.model].upstreams)
 
     def move_pays(self, job: Job, window: int | None) -> bool:
         """Is prefilling ``job`` on a cold replica cheaper than the wait for a slot at its warm home?

@@ -101,7 +101,7 @@ class _Member:
     def _failed(self, error: UpstreamError) -> None:
         """A call failed. What it means is settled now: whoever asks next must not be sent there again."""
         was_up = self.health.up
-        self.health.failed(error, asyncio.get_running_loop().time())
+        self.health.failed(error, asyncio.get_running_loop().time(), server_errors=self.upstream.server_errors)
         if was_up and not self.health.up:
             self._forget()
             _log.warning("upstream %s is down: %s", self.upstream.id, error)
@@ -145,9 +145,9 @@ class Fleet:
     # --- views ---------------------------------------------------------------------------------------------------
 
     def knows(self, model: str) -> bool:
-        """Does any upstream serve it, up or not? True as long as some upstream has never been heard of its models."""
-        served = (m.upstream.capabilities.models for m in self._members.values())
-        return any(model in models or not models for models in served)
+        """Does any upstream serve it, up or not? True as long as no upstream at all has told its models."""
+        served = [m.upstream.capabilities.models for m in self._members.values()]
+        return any(model in models for models in served) or not any(served)
 
     def serving(self, model: str | None) -> list[HttpUpstream]:
         """Upstreams in service that have ``model`` (None: any)."""

@@ -16,6 +16,8 @@ _EAGER = 0.25
 _PAUSE = 0.5
 """Seconds a shedding upstream is left alone when it does not say for how long."""
 _LONGEST_PAUSE = 60.0
+_SICK_PAUSE = 5.0
+"""Seconds without calls for an upstream that answered several in a row with a server error."""
 _DOWN_AT_ONCE = frozenset({"connect", "reset", "dns", "tls"})
 
 
@@ -54,12 +56,15 @@ class Health:
         elif self._bad >= self._settings.down_after:
             self._go_down(cause)
 
-    def failed(self, error: UpstreamError, now: float) -> None:
-        """A call failed."""
+    def failed(self, error: UpstreamError, now: float, *, server_errors: int = 0) -> None:
+        """A call failed; ``server_errors``: how many in a row were answered with a 5xx."""
         if isinstance(error, UpstreamRefused):
             if error.status in (429, 503):
                 pause = _PAUSE if error.retry_after is None else min(error.retry_after, _LONGEST_PAUSE)
                 self._held_until = max(self._held_until, now + pause)
+            elif server_errors >= self._settings.down_after:
+                # Its health page may be fine, but it does not answer: a pause, then one more look.
+                self._held_until = max(self._held_until, now + _SICK_PAUSE)
         elif error.cause in _DOWN_AT_ONCE and self.up:
             self._go_down(error.cause)
 

@@ -49,6 +49,8 @@ class HttpUpstream:
         self.id = settings.name
         self.settings = settings
         self.capabilities = Capabilities(models=frozenset(settings.models))
+        self.server_errors = 0
+        """Calls in a row that were answered with a 5xx."""
         self._report = report
         self._client: aiohttp.ClientSession | None = None
         self._urls: dict[str, URL] = {}
@@ -123,6 +125,8 @@ class HttpUpstream:
 
     def failed(self, error: UpstreamError) -> UpstreamError:
         """Report ``error`` to whoever watches this upstream's health, and hand it back to be raised."""
+        if isinstance(error, UpstreamRefused) and error.status >= 500:
+            self.server_errors += 1
         if self._report is not None:
             self._report(error)
         return error
@@ -159,6 +163,7 @@ class HttpSession:
             response = await self._post()
             if response.status != 200:
                 raise self._upstream.failed(await self._refusal(response))
+            self._upstream.server_errors = 0
             self._content = response.content
             if self._call.stream and response.content_type != "text/event-stream":
                 raise self._broken("garbage", f"a stream was asked for, {response.content_type} came")

@@ -61,7 +61,7 @@ def status(error: GatewayError) -> int:
 
 
 _CLIENT_CODES = {"invalid_api_key": 401, "insufficient_permissions": 403, "request_too_large": 413}
-_OVERLOADED = {"unavailable": 503, "shutdown": 503, "no_upstream": 503, "expired": 503}
+_OVERLOADED = {"unavailable": 503, "shutdown": 503, "no_upstream": 503, "queue_ttl": 503, "deadline": 504}
 _TIMEOUTS = ("stall", "timeout")
 
 

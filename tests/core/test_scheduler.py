@@ -276,6 +276,19 @@ class TestUpstreams:
         assert s.scheduler.jobs["a"].home is None
         assert s.finish("b", 400) == ["completed b", "run a on v"]
 
+    def test_a_replica_that_fails_a_job_is_left_alone_while_another_is_up(self):
+        s = Stage(upstreams=("u", "v"))
+        assert s.submit("a", 100)[-1] == "run a on u"
+        assert s.submit("b", 50)[-1] == "run b on v"
+        assert s.end("a", SliceEnd.INTERRUPTED, 0, "status_500") == []
+        assert s.finish("b", 50) == ["completed b", "run a on v"]
+        assert s.end("a", SliceEnd.INTERRUPTED, 0, "status_500") == ["run a on u"]
+        # Once the other is down there is no choice left.
+        s.end("a", SliceEnd.INTERRUPTED, 0, "status_500")
+        assert s.slices["a"].upstream == "v"
+        s.end("a", SliceEnd.INTERRUPTED, 10, "status_500")
+        assert s.slices["a"].upstream == "u"
+
     def test_failures_without_progress_are_counted(self):
         s = Stage(retries=1)
         s.submit("a", 100)
@@ -335,6 +348,14 @@ class TestLimits:
         assert s.at(7).tick() == ["abort a", "expired a"]
         assert s.end("a", SliceEnd.PREEMPTED, 3) == []
         assert s.scheduler.jobs == {}
+
+    def test_alarms_of_jobs_that_are_gone_do_not_pile_up(self):
+        s = Stage(FCFS())
+        for i in range(5000):
+            s.submit(f"j{i}", deadline=1e9)
+            s.cancel(f"j{i}")
+            s.end(f"j{i}", SliceEnd.PREEMPTED, 0)
+        assert len(s.scheduler._alarms._deadlines) < 2500
 
 
 class TestLateNews:

@@ -79,3 +79,13 @@ def test_it_is_looked_at_soon_after_it_went_down_and_then_less_often() -> None:
     health.probed(True)
     health.failed(UpstreamRefused(429, b"", retry_after=0.3), 5.0)
     assert health.next_look(5.0) == 0.3 or abs(health.next_look(5.0) - 0.3) < 1e-9
+
+
+def test_several_server_errors_in_a_row_earn_a_pause_though_the_health_page_is_fine() -> None:
+    health = up()
+    for n in (1, 2):
+        health.failed(UpstreamRefused(500, b""), 10.0, server_errors=n)
+        assert health.in_service(10.0)
+    health.failed(UpstreamRefused(500, b""), 10.0, server_errors=3)
+    assert not health.in_service(14.9)
+    assert health.in_service(15.1)
