@@ -182,6 +182,8 @@ class Answer:
     def _may_be_unary(self, remaining: int, window: int | None) -> bool:
         if self.request.stream or self.mode is Mode.TEXT:
             return False
+        if self.request.chat and not self._first and not self._dialect.one_document:
+            return False
         if self._ledger.stops is not None and not self._first:
             return False  # a stop string over the seam could not be placed among the tokens
         return remaining <= (UNARY_LIMIT if window is None else window)

@@ -82,6 +82,10 @@ class Dialect(Protocol):
         """Every token is seen, so that counts can tell whose limit ended a call."""
 
     @property
+    def one_document(self) -> bool:
+        """A completion fetched as one document ends as a chat of this engine would, half a character at its end too."""
+
+    @property
     def recounts(self) -> bool:
         """Its usage at the end of a window is a better count than its deltas."""
 
@@ -139,6 +143,7 @@ class ById:
     mode = Mode.IDS
     plain = True
     exact = True
+    one_document = True
     recounts = False
     names_stop = True
     usage_rides = False
@@ -239,6 +244,7 @@ class ByText:
     mode = Mode.TEXT
     plain = False
     exact = False
+    one_document = True
     recounts = True
     names_stop = False
     usage_rides = False

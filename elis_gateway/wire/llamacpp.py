@@ -33,6 +33,7 @@ class LlamaCpp:
     mode = Mode.IDS
     plain = False
     exact = False
+    one_document = False
     recounts = False
     names_stop = False
     known_prompt = False
