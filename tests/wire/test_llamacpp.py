@@ -126,3 +126,17 @@ def test_stop_strings_are_ours() -> None:
     assert [choice["text"] for choice in texts] == ["a", ""]
     assert texts[-1]["finish_reason"] == "stop"
     assert "stop_reason" not in texts[-1]
+
+
+def test_the_rest_of_a_chat_is_a_stream_though_its_client_does_not_stream() -> None:
+    """One document of /v1/completions would end in half a character, which a chat of this engine drops."""
+    request = make_request(Route.CHAT, model="m", stream=False, max_tokens=9)
+    answer = begin(request)
+    assert body(answer, 5)[1]["stream"] is True
+    answer.feed([role(), chat("a", [7], 1), ending("length", 5), DONE])
+    assert answer.end_slice("finished") is SliceEnd.WINDOW
+    body(answer, None)
+    answer.feed_whole(b'{"prompt": "<user>hello<assistant>"}')
+    answer.end_slice("finished")
+    path, more = body(answer, None)
+    assert (path, more["stream"]) == (Route.COMPLETIONS.value, True)
