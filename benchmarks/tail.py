@@ -84,7 +84,7 @@ class Question(NamedTuple):
 def azure(path: str) -> list[int]:
     """Answer lengths of a trace: column GeneratedTokens or generated_tokens; .gz is fine."""
     opener = gzip.open if path.endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8") as file:
+    with opener(ROOT / path, "rt", encoding="utf-8") as file:
         rows = csv.DictReader(file)
         names = rows.fieldnames or []
         column = next((name for name in ("GeneratedTokens", "generated_tokens") if name in names), None)
@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("--dropped", type=int, default=1500)
     parser.add_argument("--seeds", type=int, default=10, help="how many, from 10 on")
     parser.add_argument("--first-seed", type=int, default=10)
-    parser.add_argument("--csv", default=str(SAMPLE), help="trace whose answer lengths are drawn")
+    parser.add_argument("--csv", default=str(SAMPLE.relative_to(ROOT)), help="trace whose answer lengths are drawn")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, help="file of results, appended to")
     args = parser.parse_args()
