@@ -323,8 +323,15 @@ class Scheduler:
         if job.home is not None and not self.room.is_warm(job.home, job.spec.model):
             job.home = None
         if job.home is None:
-            held, place = None, True
-        if place and held is None:
+            place = True
+        elif held is not None:
+            place = False
+        self._place(job, pool, now, place=place)
+        if held is not None:
+            self._fill(held, now)
+
+    def _place(self, job: Job, pool: Pool, now: float, *, place: bool) -> None:
+        if place:
             upstream = self.room.free_upstream(job, pool, self._fixed_window)
             if upstream is not None:
                 self._start(job, upstream, now)
@@ -332,9 +339,7 @@ class Scheduler:
         self._push(job, self.room.queue_of(job), pool, now)
         if pool.down_since is not None:
             self._alarms.capacity_until(now + self.config.unavailable_timeout, job.spec.id)
-        if held is not None:
-            self._fill(held, now)
-        elif place and self._elastic:
+        if place and self._elastic:
             self._make_yield(self.room.yields_to(job, pool, now))
 
     def _push(self, job: Job, queue: ReadyQueue, pool: Pool, now: float) -> None:

@@ -204,6 +204,12 @@ class Machine(RuleBasedStateMachine):
         self.infos[name] = self.infos[name]._replace(slots=slots)
         self.feed("upstream_changed", self.infos[name])
 
+    @rule(name=st.sampled_from(sorted(SERVES)), models=st.sampled_from([{"m"}, {"n"}, {"m", "n"}]))
+    def serve_others(self, name, models):
+        """An upstream serves other models from now on."""
+        self.infos[name] = self.infos[name]._replace(models=frozenset(models))
+        self.feed("upstream_changed", self.infos[name])
+
     @rule(policy=st.sampled_from(POLICIES))
     def switch(self, policy):
         self.feed("set_policy", policy)

@@ -135,6 +135,27 @@ class TestFixedWindows:
         assert s.end("a", SliceEnd.WINDOW, 50) == ["ask a"]
         assert s.cancel("a") == ["cancelled a", "run b on u"]
 
+    def test_a_slot_held_for_a_job_that_may_not_return_there_goes_to_who_waits(self):
+        s = Stage(mode="fixed", upstreams=[])
+        s.upstream("u", 1, models=frozenset({"m", "n"}))
+        s.submit("a", 120)
+        s.submit("b", 80, model="n")
+        assert s.end("a", SliceEnd.WINDOW, 50) == ["ask a"]
+        # While the slot is held for a's estimate, u stops serving a's model.
+        assert s.upstream("u", 1, models=frozenset({"n"})) == []
+        assert s.estimate("a", 70) == ["run b on u"]
+        assert s.upstream("v", 1) == ["run a on v"]
+
+    def test_so_does_one_whose_job_found_a_place_elsewhere(self):
+        s = Stage(mode="fixed", upstreams=[])
+        s.upstream("u", 1, models=frozenset({"m", "n"}))
+        s.submit("a", 120)
+        s.submit("b", 80, model="n")
+        s.end("a", SliceEnd.WINDOW, 50)
+        s.upstream("u", 1, models=frozenset({"n"}))
+        s.upstream("v", 1)
+        assert s.estimate("a", 70) == ["run a on v", "run b on u"]
+
 
 class TestElastic:
     def test_nobody_waits_so_nobody_yields(self):
