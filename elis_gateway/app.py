@@ -18,6 +18,7 @@ from aiohttp import web
 from elis_gateway import build
 from elis_gateway.admin import make_admin_app
 from elis_gateway.config import Config, ExternalPolicy
+from elis_gateway.core.job import JobState
 from elis_gateway.core.placement import UpstreamInfo
 from elis_gateway.core.scheduler import Scheduler
 from elis_gateway.dispatcher import Dispatcher
@@ -26,6 +27,7 @@ from elis_gateway.flight import Flight, Observer
 from elis_gateway.handlers import Handlers, describe
 from elis_gateway.intake import Intake
 from elis_gateway.journal import Journal
+from elis_gateway.lag import LagMeter
 from elis_gateway.metrics import Metrics
 from elis_gateway.tasks import spawn
 from elis_gateway.traffic_log import TrafficLog
@@ -68,8 +70,12 @@ class Gateway:
                 "elis_seconds_per_token": self._paces,
                 "elis_seam_tokens": lambda: [((), self.core.seam_tokens)],
                 "elis_order_jct_seconds": self._orders,
+                "elis_order_jobs": lambda: [((m,), pool.shadow.settled) for m, pool in self.core.pools.items()],
+                "elis_longest_wait_seconds": lambda: [((), self._longest_wait())],
+                "elis_upstream_up": lambda: [((u["id"],), float(u["up"])) for u in self.fleet.describe()],
             }
         )
+        self._lag = LagMeter(self.metrics.lagged)
         self._traffic_log = self._make_traffic_log()
         self._intake = Intake(
             self.fleet,
@@ -108,6 +114,7 @@ class Gateway:
             await self._listen(web.ServerRunner(self._public(), shutdown_timeout=_FLUSH), server.host, server.port)
             runner = web.AppRunner(make_admin_app(self), access_log=None, shutdown_timeout=_FLUSH)
             await self._listen(runner, admin.host, admin.port)
+            self._lag.start()
         except BaseException:
             await self.stop(grace=0.0)
             raise
@@ -124,6 +131,7 @@ class Gateway:
         await self.dispatcher.drain(self.config.server.shutdown_grace if grace is None else grace)
         while self._runners:
             await self._runners.pop().cleanup()
+        self._lag.stop()
         self._save()
         await self.fleet.close()
         if self._traffic_log is not None:
@@ -168,6 +176,7 @@ class Gateway:
             self.fleet,
             self._relay,
             keepalive_after=self.config.server.keepalive_after,
+            refused=self.metrics.refused,
         )
         loop, max_body = self._loop, self.config.server.max_body
 
@@ -201,6 +210,12 @@ class Gateway:
 
     def _paces(self) -> Iterable[tuple[tuple[str, ...], float]]:
         return [((model,), pool.seconds_per_token) for model, pool in self.core.pools.items() if pool.upstreams]
+
+    def _longest_wait(self) -> float:
+        """Seconds the job has waited that has waited longest, since its arrival or its last call."""
+        jobs = self.core.jobs.values()
+        since = min((job.ready_since for job in jobs if job.state is JobState.READY), default=None)
+        return 0.0 if since is None else self._loop.time() - since
 
     def _orders(self) -> Iterable[tuple[tuple[str, ...], float]]:
         for model, pool in self.core.pools.items():

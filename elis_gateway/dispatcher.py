@@ -30,6 +30,7 @@ from elis_gateway.errors import (
 )
 from elis_gateway.estimator import Estimator
 from elis_gateway.flight import Flight, Leg, Observer, overriding
+from elis_gateway.logs import job_id
 from elis_gateway.predictor.base import Predictor
 from elis_gateway.tasks import spawn
 from elis_gateway.upstream.base import Session, Upstream
@@ -104,6 +105,10 @@ class Dispatcher:
         self.flights: dict[str, Flight] = {}
         """Every job that is not over, by id."""
         self._upstreams = upstreams
+        self._tell_submitted = overriding(observers, "submitted")
+        self._tell_slice_began = overriding(observers, "slice_began")
+        self._tell_fed = overriding(observers, "fed")
+        self._tell_window_passed = overriding(observers, "window_passed")
         self._tell_estimated = overriding(observers, "estimated")
         self._tell_slice_ended = overriding(observers, "slice_ended")
         self._tell_finished = overriding(observers, "finished")
@@ -135,6 +140,8 @@ class Dispatcher:
         if self._closing:
             raise ShuttingDown("the gateway is shutting down")
         self.flights[flight.spec.id] = flight
+        for submitted in self._tell_submitted:
+            submitted(flight)
         self._perform(self.core.submit(flight.spec, self._loop.time()))
 
     def cancel(self, flight: Flight) -> None:
@@ -305,6 +312,8 @@ class Dispatcher:
     async def _serve(self, call: _Call) -> None:
         """Make the slice's upstream call and report its one end."""
         call.begun = True
+        # The task was started by whoever freed the slot, in the context of another job.
+        job_id.set(call.flight.spec.id)
         error: UpstreamError | None = None
         try:
             if not call.stop:
@@ -321,15 +330,18 @@ class Dispatcher:
         self._over(call, "aborted" if error is None else "broken", error)
 
     async def _make(self, call: _Call) -> None:
-        slice_, answer = call.slice, call.flight.answer
+        slice_, flight, answer = call.slice, call.flight, call.flight.answer
         upstream = self._upstreams[slice_.upstream]
-        job_id, model = slice_.job.spec.id, slice_.job.spec.model
+        spec = slice_.job.spec
         priority = slice_.priority if upstream.capabilities.orders else None
         call.asked = True
-        order = answer.call(slice_.limit, model=model, priority=priority, window=slice_.window)
+        for slice_began in self._tell_slice_began:
+            slice_began(flight, slice_.upstream)
+        order = answer.call(slice_.limit, model=spec.model, priority=priority, window=slice_.window)
         # An answer that comes in one piece is silent until it is complete, however long that takes.
         patient = answer.mode is Mode.WHOLE and not order.stream
-        async with upstream.open(order, request_id=f"{job_id}-{slice_.id}", patient=patient) as session:
+        request_id = f"{spec.id}-{slice_.id}"
+        async with upstream.open(order, request_id=request_id, patient=patient, headers=flight.headers) as session:
             if order.stream:
                 await self._stream(call, session)
             else:
@@ -355,16 +367,25 @@ class Dispatcher:
         """The hot path: once per read from the network."""
         flight = call.flight
         answer = flight.answer
+        before = answer.attained
         call.feeding = True
         try:
             if (data := answer.feed(payloads)) and flight.request.stream:
                 flight.channel.put(data)
             attained = answer.attained
-            if call.first_token is None and answer.started:
-                call.first_token = now = self._loop.time()
-                self._perform(self.core.slice_started(call.slice.id, now))
+            if attained > before or (call.first_token is None and answer.started):
+                now = self._loop.time()
+                if flight.heard:
+                    for fed in self._tell_fed:
+                        fed(flight, now - flight.heard)
+                flight.heard = now
+                if call.first_token is None and answer.started:
+                    call.first_token = now
+                    self._perform(self.core.slice_started(call.slice.id, now))
             if call.mark is not None and attained >= call.mark and call.window is not None and not answer.finished:
                 call.mark += (attained - call.mark) // call.window * call.window + call.window
+                for window_passed in self._tell_window_passed:
+                    window_passed(flight)
                 self._perform(self.core.window_passed(call.slice.id, attained, self._loop.time()))
         finally:
             call.feeding = False

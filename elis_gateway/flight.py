@@ -5,7 +5,7 @@ A plain record. Knows no socket, no scheduler, no metric.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from elis_gateway.channel import Channel
@@ -37,8 +37,8 @@ class Flight:
     """A request on its way. ``job`` is set when the scheduler has taken it."""
 
     __slots__ = (
-        "answer", "channel", "class_name", "describe", "error", "estimates", "first_estimate", "job",
-        "legs", "refining", "renew", "request", "spec",
+        "answer", "channel", "class_name", "describe", "error", "estimates", "first_estimate", "headers", "heard",
+        "job", "legs", "refining", "renew", "request", "spec", "trace",
     )  # fmt: skip
 
     def __init__(
@@ -64,6 +64,12 @@ class Flight:
         """Every estimate: tokens so far, predicted remaining tokens."""
         self.first_estimate: Estimate | None = None
         self.legs: list[Leg] = []
+        self.heard = 0.0
+        """When text arrived last, on the loop's clock; 0.0 before the first."""
+        self.headers: Mapping[str, str] | None = None
+        """Sent with its upstream calls beside our own."""
+        self.trace: object = None
+        """The tracer's, who alone knows what it is."""
         self.refining = False
         self.renew: Callable[[], Answer] | None = None
         """Makes the answer anew before the first call, where it was made before any upstream was known."""
@@ -71,6 +77,18 @@ class Flight:
 
 class Observer:
     """Told of what happened, never asked: metrics, the traffic log, the log. Override what you want to hear."""
+
+    def submitted(self, flight: Flight) -> None:
+        """A request was taken, and the scheduler hears of it next."""
+
+    def slice_began(self, flight: Flight, upstream: str) -> None:
+        """An upstream call is about to be made; what stands in ``flight.headers`` is sent with it."""
+
+    def fed(self, flight: Flight, gap: float) -> None:
+        """More of the answer has arrived, ``gap`` seconds after the piece before it. Once per read: be quick."""
+
+    def window_passed(self, flight: Flight) -> None:
+        """Another window's tokens have arrived."""
 
     def estimated(self, flight: Flight, seconds: float) -> None:
         """A new estimate stands at the end of ``flight.estimates``; ``seconds``: what it took."""

@@ -20,9 +20,10 @@ from elis_gateway.dispatcher import Dispatcher
 from elis_gateway.errors import GatewayError
 from elis_gateway.flight import Flight
 from elis_gateway.intake import Intake
+from elis_gateway.logs import job_id
 from elis_gateway.wire import openai, sse
 from elis_gateway.wire.openai import Route
-from elis_gateway.wire.problems import problem
+from elis_gateway.wire.problems import problem, reason
 
 __all__ = ["Handlers", "describe", "problem_response"]
 
@@ -59,7 +60,10 @@ class Handlers:
         relay: Handler,
         *,
         keepalive_after: float,
+        refused: Callable[[str], None] = lambda reason: None,
     ) -> None:
+        """``refused`` is told the reason of every error that is answered in place of an answer."""
+        self._refused = refused
         self._intake = intake
         self._dispatcher = dispatcher
         self._directory = directory
@@ -84,14 +88,16 @@ class Handlers:
             # Another spelling of a route of ours must not go past the queue.
             handler = self._routes.get((request.method, request.rel_url.path))
         if handler is None:
-            handler = self._relay if path.startswith("/v1/") else _not_found
+            handler = self._relay if path.startswith("/v1/") else self._not_found
         try:
             return await handler(request)
         except GatewayError as error:
-            return problem_response(error)
+            return self._problem(error)
         except web.HTTPRequestEntityTooLarge as error:
+            self._refused("request_too_large")
             return _error(413, error.text or "the request body is too large", "request_too_large")
         except web_protocol.RequestPayloadError:
+            self._refused("invalid_body")
             return _error(400, "the request body is not what its headers say", "invalid_body")
 
     # --- generation ----------------------------------------------------------------------------------------------
@@ -106,6 +112,8 @@ class Handlers:
         body = await request.read()
         headers = request.headers
         flight = self._intake.flight(openai.parse(route, body), len(body), headers)
+        # A connection's next request runs in the same task.
+        in_context = job_id.set(flight.spec.id)
         try:
             self._dispatcher.submit(flight)
             if flight.request.stream:
@@ -115,13 +123,14 @@ class Handlers:
         finally:
             # The client has gone, or something broke: nobody wants the rest.
             self._dispatcher.cancel(flight)
+            job_id.reset(in_context)
         return response
 
     async def _whole(self, request: web.BaseRequest, flight: Flight) -> web.StreamResponse:
         try:
             body = await flight.channel.get()
         except GatewayError as error:
-            return problem_response(error, _headers(request, flight))
+            return self._problem(error, _headers(request, flight))
         return web.Response(body=body, headers=_headers(request, flight, _JSON))
 
     async def _stream(self, request: web.BaseRequest, flight: Flight) -> web.StreamResponse:
@@ -139,12 +148,16 @@ class Handlers:
                 data = await channel.get()
         except GatewayError as error:
             if response is None:
-                return problem_response(error, _headers(request, flight))
+                return self._problem(error, _headers(request, flight))
             data = flight.answer.error_event(error)
         finally:
             alive.stop()
         await response.write_eof(data)
         return response
+
+    def _problem(self, error: GatewayError, headers: Mapping[str, str] | None = None) -> web.Response:
+        self._refused(reason(error))
+        return problem_response(error, headers)
 
     # --- everything else -----------------------------------------------------------------------------------------
 
@@ -159,6 +172,10 @@ class Handlers:
             for name, length in models.items()
         ]
         return web.Response(body=orjson.dumps({"object": "list", "data": data}), content_type=_JSON)
+
+    async def _not_found(self, request: web.BaseRequest) -> web.StreamResponse:
+        self._refused("not_found")
+        return _error(404, f"unknown path {request.rel_url.raw_path}", "not_found")
 
     async def _health(self, request: web.BaseRequest) -> web.StreamResponse:
         """The process is alive."""
@@ -262,7 +279,3 @@ def _headers(request: web.BaseRequest, flight: Flight, content_type: str | None 
 def _error(status: int, message: str, code: str) -> web.Response:
     error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
     return web.Response(status=status, body=orjson.dumps({"error": error}), content_type=_JSON)
-
-
-async def _not_found(request: web.BaseRequest) -> web.StreamResponse:
-    return _error(404, f"unknown path {request.rel_url.raw_path}", "not_found")

@@ -9,6 +9,7 @@ import logging
 from collections import OrderedDict
 from typing import Any
 
+from elis_gateway.core.job import Job
 from elis_gateway.flight import Flight, Observer
 
 __all__ = ["Journal", "story"]
@@ -54,6 +55,24 @@ def story(flight: Flight, now: float) -> dict[str, Any]:
     }
 
 
+def _facts(flight: Flight, job: Job, finished: float) -> dict[str, Any]:
+    """The line's figures by name, for logs that machines read."""
+    return {
+        "event": "job_end",
+        "model": job.spec.model,
+        "class": flight.class_name,
+        "outcome": job.outcome.value if job.outcome is not None else None,
+        "cause": job.cause,
+        "tokens": job.attained,
+        "jct": round(finished - job.arrival, 6),
+        "ttft": None if job.first_token is None else round(job.first_token - job.arrival, 6),
+        "queue_wait": round(job.waited, 6),
+        "slices": job.slices,
+        "preemptions": job.preemptions,
+        "upstreams": [leg.upstream for leg in flight.legs],
+    }
+
+
 class Journal(Observer):
     """An observer that remembers the last finished jobs and logs each."""
 
@@ -74,6 +93,7 @@ class Journal(Observer):
                 "request %s: %s%s, %d tokens in %.3f s, waited %.3f s, %d slices, %d preemptions",
                 job.id, job.outcome.value, f" ({job.cause})" if job.cause else "", job.attained,
                 job.finished - job.arrival, job.waited, job.slices, job.preemptions,
+                extra={"job": job.id, "facts": _facts(flight, job, job.finished)},
             )  # fmt: skip
 
     def get(self, job_id: str) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ __all__ = ["job_id", "setup"]
 job_id: ContextVar[str] = ContextVar("elis_job_id", default="")
 """Id of the job this task works on; handlers set it, every record made in the task carries it as ``job``."""
 
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "job", "taskName"}
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "job", "facts", "taskName"}
 
 
 def setup(level: str = "info", format: str = "text", stream: TextIO | None = None) -> None:
@@ -60,7 +60,10 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One object: ``time`` (Unix seconds), ``level``, ``logger``, ``message``, ``job``, and what came as ``extra``."""
+    """One object: ``time`` (Unix seconds), ``level``, ``logger``, ``message``, ``job``, and what came as ``extra``.
+
+    ``extra={"facts": {...}}`` is what the message says already, by name: only machines get it.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         row: dict[str, Any] = {
@@ -71,7 +74,7 @@ class JsonFormatter(logging.Formatter):
         }
         if job := getattr(record, "job", ""):
             row["job"] = job
-        row |= _extra(record)
+        row |= _extra(record) | getattr(record, "facts", {})
         if record.exc_info:
             row["exception"] = self.formatException(record.exc_info)
         return orjson.dumps(row, default=str, option=orjson.OPT_NON_STR_KEYS).decode()

@@ -14,10 +14,12 @@ from typing import NamedTuple
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
+from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from elis_gateway import __version__
 from elis_gateway.core.job import Outcome
+from elis_gateway.core.slice import SliceEnd
 from elis_gateway.flight import Flight, Leg, Observer
 
 __all__ = ["SERIES", "Gauge", "Metrics"]
@@ -25,8 +27,10 @@ __all__ = ["SERIES", "Gauge", "Metrics"]
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0)
 _SHORT = (1e-5, 1e-4, 1e-3, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+_GAPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
 _TOKENS = (1, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000)
 _COUNTS = (1, 2, 3, 5, 10, 20, 50, 100)
+_WINDOW, _INTERRUPTED = SliceEnd.WINDOW.value, SliceEnd.INTERRUPTED.value
 
 
 class Series(NamedTuple):
@@ -48,14 +52,24 @@ SERIES = (
     Series(
         "elis_tpot_seconds", "histogram", ("model",), "Time per output token after the first, waits included.", _SHORT
     ),
+    Series(
+        "elis_itl_seconds",
+        "histogram",
+        ("model",),
+        "Between two arrivals of one answer's tokens, seams and waits included.",
+        _GAPS,
+    ),
     Series("elis_queue_wait_seconds", "histogram", ("model",), "Time a job spent waiting for slots, in all.", _SECONDS),
     Series("elis_answer_tokens", "histogram", ("model",), "Length of completed answers.", _TOKENS),
     Series("elis_tokens_total", "counter", ("model",), "Answer tokens received and kept."),
+    Series("elis_windows_total", "counter", ("model",), "Windows of tokens that have arrived."),
     Series("elis_slices_per_job", "histogram", ("model",), "Upstream calls a job took.", _COUNTS),
     Series("elis_preemptions_total", "counter", ("model",), "Calls ended early because another job deserved the slot."),
     Series("elis_slices_total", "counter", ("upstream", "end"), "Upstream calls by how they ended."),
     Series("elis_upstream_errors_total", "counter", ("upstream", "cause"), "Upstream calls that failed."),
-    Series("elis_seam_gap_seconds", "histogram", ("upstream",), "Sending a continuation to its first token.", _SHORT),
+    Series("elis_failovers_total", "counter", ("upstream",), "Calls broken there whose job went on in another call."),
+    Series("elis_refusals_total", "counter", ("reason",), "Requests answered with an error, by its code."),
+    Series("elis_seam_gap_seconds", "histogram", ("upstream",), "Sending a continuation to its first token.", _GAPS),
     Series(
         "elis_first_token_seconds", "histogram", ("upstream",), "Sending a first call to its first token.", _SECONDS
     ),
@@ -66,8 +80,10 @@ SERIES = (
     ),
     Series("elis_jobs_live", "gauge", (), "Jobs that are not over."),
     Series("elis_jobs_waiting", "gauge", (), "Jobs waiting for a slot."),
+    Series("elis_longest_wait_seconds", "gauge", (), "How long the job waits that has waited longest."),
     Series("elis_slices_running", "gauge", ("upstream",), "Upstream calls in flight."),
     Series("elis_slots", "gauge", ("upstream",), "Sequences the upstream runs at once; 0 while it is out of service."),
+    Series("elis_upstream_up", "gauge", ("upstream",), "1: its health probes succeed."),
     Series("elis_seconds_per_token", "gauge", ("model",), "Measured pace of one running job."),
     Series("elis_seam_tokens", "gauge", (), "What interrupting and resuming costs, in decoded tokens."),
     Series(
@@ -75,6 +91,14 @@ SERIES = (
         "gauge",
         ("model", "order", "stat"),
         "Completion time of the same jobs as served (`actual`) and as plain first-come would have served them.",
+    ),
+    Series("elis_order_jobs", "gauge", ("model",), "Completed jobs that `elis_order_jct_seconds` rests on."),
+    Series(
+        "elis_event_loop_lag_seconds",
+        "histogram",
+        (),
+        "How late the event loop ran a timer, four times a second.",
+        _SHORT,
     ),
     Series("elis_info", "gauge", ("version",), "Always 1."),
 )
@@ -108,17 +132,22 @@ class _Histogram:
 class _Model:
     """Everything counted per model, found with one lookup."""
 
-    __slots__ = ("error", "estimates", "jct", "length", "preemptions", "slices", "tokens", "tpot", "ttft", "wait")
+    __slots__ = (
+        "error", "estimates", "itl", "jct", "length", "preemptions", "slices", "tokens", "tpot", "ttft", "wait",
+        "windows",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.jct = _Histogram(_SECONDS)
         self.ttft = _Histogram(_SECONDS)
         self.tpot = _Histogram(_SHORT)
+        self.itl = _Histogram(_GAPS)
         self.wait = _Histogram(_SECONDS)
         self.length = _Histogram(_TOKENS)
         self.slices = _Histogram(_COUNTS)
         self.error = _Histogram(_TOKENS)
         self.tokens = 0
+        self.windows = 0
         self.preemptions = 0
         self.estimates = 0
 
@@ -134,11 +163,32 @@ class Metrics(Collector, Observer):
         self._errors: dict[Labels, int] = {}
         self._seams: dict[str, _Histogram] = {}
         self._firsts: dict[str, _Histogram] = {}
+        self._failovers: dict[str, int] = {}
+        self._refusals: dict[str, int] = {}
+        self._lag = _Histogram(_SHORT)
         self._estimate_seconds = _Histogram(_SHORT)
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
+        ProcessCollector(registry=self._registry)
 
     # --- told ----------------------------------------------------------------------------------------------------
+
+    def fed(self, flight: Flight, gap: float) -> None:
+        """Tokens arrived, ``gap`` seconds after the ones before them."""
+        name = flight.spec.model
+        (self._models.get(name) or self._model(name)).itl.observe(gap)
+
+    def window_passed(self, flight: Flight) -> None:
+        """Another window's tokens arrived."""
+        self._model(flight.spec.model).windows += 1
+
+    def refused(self, reason: str) -> None:
+        """A request was answered with an error before any of its answer was sent."""
+        self._refusals[reason] = self._refusals.get(reason, 0) + 1
+
+    def lagged(self, seconds: float) -> None:
+        """The event loop was that late."""
+        self._lag.observe(seconds)
 
     def estimated(self, flight: Flight, seconds: float) -> None:
         """A new estimate, and what it took."""
@@ -149,7 +199,12 @@ class Metrics(Collector, Observer):
         """An upstream call is over."""
         key = (leg.upstream, leg.end)
         self._ends[key] = self._ends.get(key, 0) + 1
-        self._model(flight.spec.model).tokens += leg.tokens
+        model = self._model(flight.spec.model)
+        model.tokens += leg.tokens
+        if leg.end == _WINDOW and leg.tokens:
+            model.windows += 1
+        if leg.continued and (broken := flight.legs[-2]).end == _INTERRUPTED:
+            self._failovers[broken.upstream] = self._failovers.get(broken.upstream, 0) + 1
         if leg.cause:
             key = (leg.upstream, leg.cause)
             self._errors[key] = self._errors.get(key, 0) + 1
@@ -157,7 +212,7 @@ class Metrics(Collector, Observer):
             found = self._seams if leg.continued else self._firsts
             histogram = found.get(leg.upstream)
             if histogram is None:
-                histogram = found[leg.upstream] = _Histogram(_SHORT if leg.continued else _SECONDS)
+                histogram = found[leg.upstream] = _Histogram(_GAPS if leg.continued else _SECONDS)
             histogram.observe(leg.first_token - leg.sent)
 
     def finished(self, flight: Flight) -> None:
@@ -225,9 +280,12 @@ class Metrics(Collector, Observer):
         return {
             "elis_jobs_total": [(k, float(v)) for k, v in self._jobs.items()],
             "elis_tokens_total": [((name,), float(m.tokens)) for name, m in models],
+            "elis_windows_total": [((name,), float(m.windows)) for name, m in models],
             "elis_preemptions_total": [((name,), float(m.preemptions)) for name, m in models],
             "elis_estimates_total": [((name,), float(m.estimates)) for name, m in models],
             "elis_slices_total": [(k, float(v)) for k, v in self._ends.items()],
+            "elis_failovers_total": [((k,), float(v)) for k, v in self._failovers.items()],
+            "elis_refusals_total": [((k,), float(v)) for k, v in self._refusals.items()],
             "elis_upstream_errors_total": [(k, float(v)) for k, v in self._errors.items()],
         }
 
@@ -237,6 +295,7 @@ class Metrics(Collector, Observer):
             "elis_jct_seconds": [((name,), m.jct) for name, m in models],
             "elis_ttft_seconds": [((name,), m.ttft) for name, m in models],
             "elis_tpot_seconds": [((name,), m.tpot) for name, m in models],
+            "elis_itl_seconds": [((name,), m.itl) for name, m in models],
             "elis_queue_wait_seconds": [((name,), m.wait) for name, m in models],
             "elis_answer_tokens": [((name,), m.length) for name, m in models],
             "elis_slices_per_job": [((name,), m.slices) for name, m in models],
@@ -244,4 +303,5 @@ class Metrics(Collector, Observer):
             "elis_seam_gap_seconds": [((name,), h) for name, h in self._seams.items()],
             "elis_first_token_seconds": [((name,), h) for name, h in self._firsts.items()],
             "elis_estimate_seconds": [((), self._estimate_seconds)],
+            "elis_event_loop_lag_seconds": [((), self._lag)],
         }

@@ -132,7 +132,9 @@ def die_with_parent() -> None:
     """In a child of ``Child``: end this process group when the parent is gone (its end of our stdin closes)."""
 
     def watch() -> None:
-        while sys.stdin.buffer.read(1):
+        # Not through sys.stdin: a daemon thread that waits inside a buffered reader holds the reader's lock, and an
+        # interpreter that ends meanwhile dies of it, with a dump.
+        while os.read(0, 1):
             pass
         os.killpg(os.getpgid(0), signal.SIGKILL)
 

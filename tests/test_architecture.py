@@ -26,7 +26,7 @@ ARROWS: dict[str, set[str]] = {
     E + "cli": {E + "app", E + "logs", E + "sim", "loadtest", "onnx_export"},
     E + "app": {
         *(E + name for name in ("admin", "build", "channel", "dispatcher", "flight", "handlers", "intake")),
-        *(E + name for name in ("journal", "logs", "metrics")),
+        *(E + name for name in ("journal", "lag", "logs", "metrics")),
         *(E + name for name in ("tasks", "traffic_log", "predictor", "upstream", "wire")),
         CORE,
     },
@@ -43,6 +43,7 @@ ARROWS: dict[str, set[str]] = {
         E + "estimator",
         E + "flight",
         E + "channel",
+        E + "logs",
         E + "predictor.base",
         E + "tasks",
         E + "upstream.base",
@@ -61,6 +62,7 @@ ARROWS: dict[str, set[str]] = {
     E + "config": set(),
     E + "config_explain": set(),
     E + "errors": set(),
+    E + "lag": set(),
     E + "logs": set(),
     E + "tasks": set(),
     # beside the gateway

@@ -67,6 +67,8 @@ class Upstream(Protocol):
     @property
     def capabilities(self) -> Capabilities: ...
 
-    def open(self, call: Call, *, request_id: str, patient: bool = False) -> Session:
+    def open(
+        self, call: Call, *, request_id: str, patient: bool = False, headers: Mapping[str, str] | None = None
+    ) -> Session:
         """Prepare a call; nothing is sent before the session is entered. ``request_id``: one per slice. ``patient``:
-        silence is no stall, because the whole answer comes at once."""
+        silence is no stall, because the whole answer comes at once. ``headers``: sent beside our own."""

@@ -12,7 +12,7 @@ import asyncio
 import os
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
@@ -91,9 +91,11 @@ class HttpUpstream:
             await self._client.close()
             self._client = None
 
-    def open(self, call: Call, *, request_id: str, patient: bool = False) -> HttpSession:
+    def open(
+        self, call: Call, *, request_id: str, patient: bool = False, headers: Mapping[str, str] | None = None
+    ) -> HttpSession:
         """Prepare a call; nothing is sent before the session is entered."""
-        return HttpSession(self, call, request_id, 0.0 if patient else self.settings.timeouts.first_byte)
+        return HttpSession(self, call, request_id, 0.0 if patient else self.settings.timeouts.first_byte, headers)
 
     def url(self, path: str) -> URL:
         """The address of ``path``, which starts with a slash; percent-encoding in it is left alone."""
@@ -136,12 +138,20 @@ class HttpSession:
     """One call over one connection. See ``base.Session``."""
 
     __slots__ = (
-        "_call", "_content", "_decoder", "_done", "_heard", "_limit", "_loop", "_request_id", "_response", "_stalled",
-        "_task", "_timer", "_upstream",
+        "_call", "_content", "_decoder", "_done", "_headers", "_heard", "_limit", "_loop", "_request_id", "_response",
+        "_stalled", "_task", "_timer", "_upstream",
     )  # fmt: skip
 
-    def __init__(self, upstream: HttpUpstream, call: Call, request_id: str, first_byte: float) -> None:
+    def __init__(
+        self,
+        upstream: HttpUpstream,
+        call: Call,
+        request_id: str,
+        first_byte: float,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         self._upstream = upstream
+        self._headers = headers
         self._call = call
         self._request_id = request_id
         self._decoder = EventDecoder()
@@ -243,6 +253,8 @@ class HttpSession:
         upstream, call = self._upstream, self._call
         url = upstream.url(call.path)
         headers = upstream.headers(self._request_id)
+        if self._headers is not None:
+            headers.update(self._headers)
         try:
             response = await upstream.client.post(url, data=call.body, headers=headers, allow_redirects=False)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:

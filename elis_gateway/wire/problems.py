@@ -17,7 +17,7 @@ from elis_gateway.errors import (
     UpstreamRefused,
 )
 
-__all__ = ["Problem", "error_body", "problem"]
+__all__ = ["Problem", "error_body", "problem", "reason"]
 
 _JSON = {"Content-Type": "application/json"}
 
@@ -58,6 +58,16 @@ def status(error: GatewayError) -> int:
         case UpstreamError():
             return 504 if error.cause in _TIMEOUTS else 502
     return 500
+
+
+def reason(error: GatewayError) -> str:
+    """The error in one word of a short fixed list, for counting."""
+    match error:
+        case Overloaded():
+            return error.cause
+        case UpstreamRefused():
+            return error.cause
+    return _code(error) or "invalid_request"
 
 
 _CLIENT_CODES = {"invalid_api_key": 401, "insufficient_permissions": 403, "request_too_large": 413}

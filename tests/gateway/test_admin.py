@@ -59,7 +59,7 @@ async def test_the_table_lists_exactly_what_is_exported() -> None:
     assert table == {s.name: (s.kind, s.labels, s.help) for s in SERIES}
     async with world() as w:
         async with w.session.get(w.admin + "/metrics") as response:
-            exported = re.findall(r"^# TYPE (\w+) (\w+)$", await response.text(), re.MULTILINE)
+            exported = re.findall(r"^# TYPE (elis_\w+) (\w+)$", await response.text(), re.MULTILINE)
         assert sorted(exported) == sorted((s.name, s.kind) for s in SERIES)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -96,7 +96,9 @@ class FakeUpstream:
         self.scripts: list[list[Step]] = []
         self.sessions: list[FakeSession] = []
 
-    def open(self, call: Call, *, request_id: str, patient: bool = False) -> FakeSession:
+    def open(
+        self, call: Call, *, request_id: str, patient: bool = False, headers: Mapping[str, str] | None = None
+    ) -> FakeSession:
         steps = self.scripts.pop(0) if self.scripts else self._as_asked(call)
         session = FakeSession(self, call, steps)
         self.sessions.append(session)
