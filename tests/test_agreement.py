@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -86,7 +86,9 @@ class EngineUpstream:
         self._timer: asyncio.TimerHandle | None = None
         self._count = 0
 
-    def open(self, call: Call, *, request_id: str, patient: bool = False) -> _Session:
+    def open(
+        self, call: Call, *, request_id: str, patient: bool = False, headers: Mapping[str, str] | None = None
+    ) -> _Session:
         self._count += 1
         return _Session(self, self._count, orjson.loads(call.body))
 
