@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from elis_gateway.errors import MissingExtra
+from loadtest.options import Work, work_options
 
 __all__ = ["cli"]
 
@@ -31,15 +32,31 @@ def demo(real: bool, modelled: bool) -> None:
 
 @cli.command("make-workload")
 @click.argument("path", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--num-requests", default=100, show_default=True)
-@click.option("--load", default=0.95, show_default=True, help="Offered tokens as a share of the capacity.")
-@click.option("--capacity", type=float, required=True, help="Tokens per second with every slot at work.")
-@click.option("--longest", default=1000, show_default=True, help="Leave out longer answers (tokens).")
-@click.option("--seed", default=0, show_default=True, help="Of arrivals, lengths and prompts.")
-def make_workload(path: Path, num_requests: int, load: float, capacity: float, longest: int, seed: int) -> None:
-    """Draw a frozen workload from Azure's conversation trace and the shipped prompts."""
-    from loadtest.workload import Seeds, azure
+@work_options
+@click.option(
+    "--replay", type=click.Path(dir_okay=False, path_type=Path), help="Also write its answers, for sim-engine --replay."
+)
+@click.option(
+    "--oracle",
+    metavar="MODEL=FILE",
+    help="Also write its lengths, for predictor.kind: oracle; under that model's name.",
+)
+def make_workload(path: Path, work: Work, replay: Path | None, oracle: str | None) -> None:
+    """Draw a frozen workload: who arrives when, asking what, and how long the answers are.
 
-    work = azure(num_requests, load=load, capacity=capacity, seeds=Seeds.all(seed), longest=longest)
-    work.save(path)
-    click.echo(f"{path}: {len(work.requests)} requests, {work.tokens} tokens, hash {work.hash}")
+    The file has a hash: the same options give the same file. What was made is printed, as a table of percentiles.
+    """
+    from loadtest import make
+    from loadtest.live import Screen
+
+    made = work.make()
+    made.save(path)
+    click.echo(f"{path}: {len(made.requests)} requests, {made.tokens} tokens, hash {made.hash}")
+    Screen().table(*make.describe(made))
+    if replay is not None:
+        click.echo(f"{replay}: {make.write_replay(made, replay)} answers")
+    if oracle is not None:
+        model, equals, file = oracle.partition("=")
+        if not equals or not model or not file:
+            raise click.BadParameter("expected MODEL=FILE", param_hint="--oracle")
+        click.echo(f"{file}: {make.write_oracle(made, model, Path(file))} lengths")

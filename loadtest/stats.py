@@ -9,27 +9,67 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
 from statistics import fmean, stdev
 
 from loadtest.records import Run
 
-__all__ = ["BEYOND", "Comparison", "Summary", "compare", "mean_of", "percentile", "summarise", "t95"]
+__all__ = [
+    "BEYOND",
+    "Comparison",
+    "Summary",
+    "compare",
+    "deciles",
+    "interval",
+    "jain",
+    "kendall",
+    "mean_of",
+    "percentile",
+    "summarise",
+    "t95",
+    "weighted_percentile",
+]
 
 BEYOND = 10
 """Samples that must lie beyond a percentile for it to mean anything."""
 
-_T95 = (0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
 
+def percentile(values: Sequence[float], q: float, *, beyond: int = BEYOND, lost: int = 0) -> float | None:
+    """The ``q``-th percentile (0..100), linear between neighbours; None: fewer than ``beyond`` samples exceed it.
 
-def percentile(values: Sequence[float], q: float, *, beyond: int = BEYOND) -> float | None:
-    """The ``q``-th percentile (0..100), linear between neighbours; None: fewer than ``beyond`` samples exceed it."""
-    if not values or len(values) * (1 - q / 100) < beyond - 1e-9:
+    ``lost``: samples that never ended and so lie above all others; None where the percentile is one of them.
+    """
+    n = len(values) + lost
+    if not n or n * (1 - q / 100) < beyond - 1e-9:
         return None
     ordered = sorted(values)
-    place = (len(ordered) - 1) * q / 100
+    place = (n - 1) * q / 100
     low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
+    high = min(low + 1, n - 1) if place > low else low
+    if high >= len(ordered):
+        return None
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def weighted_percentile(values: Sequence[tuple[float, int]], q: float, *, beyond: int = BEYOND) -> float | None:
+    """The same as ``percentile`` where each value stands for so many equal samples."""
+    total = sum(count for _, count in values)
+    if not total or total * (1 - q / 100) < beyond - 1e-9:
+        return None
+    ordered = sorted(values)
+    place = (total - 1) * q / 100
+    low = math.floor(place)
+    share = place - low
+    seen = 0
+    first: float | None = None
+    for value, count in ordered:
+        seen += count
+        if first is None and seen > low:
+            first = value
+        if first is not None and seen > min(low + 1, total - 1):
+            return first + share * (value - first)
+    return first
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +124,109 @@ def mean_of(values: Sequence[float | None]) -> float | None:
     return fmean(present) if present and len(present) == len(values) else None
 
 
+@cache
 def t95(n: int) -> float:
-    """Student's t for a two-sided interval of 95 % over ``n`` independent units; beyond the table its end."""
-    return math.inf if n < 2 else _T95[n - 1] if n <= len(_T95) else _T95[-1]
+    """Student's t for a two-sided interval of 95 % over ``n`` independent units; infinite for fewer than two."""
+    if n < 2:
+        return math.inf
+    low, high = 1.0, 13.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_tails(middle, n - 1) > 0.05 else (low, middle)
+    return (low + high) / 2
+
+
+def _t_tails(t: float, freedom: int) -> float:
+    """P(|T| > t): the regularised incomplete beta function, by its continued fraction (Lentz)."""
+    a, b, x = freedom / 2, 0.5, freedom / (freedom + t * t)
+    if x > (a + 1) / (a + b + 2):
+        return 1 - _beta(b, a, 1 - x)
+    return _beta(a, b, x)
+
+
+def _beta(a: float, b: float, x: float) -> float:
+    if x <= 0:
+        return 0.0
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
+    c, d = 1.0, 1 - (a + b) * x / (a + 1)
+    d = 1 / d
+    fraction = d
+    for m in range(1, 300):
+        for part in (
+            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
+            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
+        ):
+            d = 1 / (1 + part * d)
+            c = 1 + part / c
+            fraction *= c * d
+        if abs(c * d - 1) < 1e-14:
+            break
+    return front * fraction / a
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half of its 95 % interval over independent units."""
+    half = t95(len(values)) * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return fmean(values), half
+
+
+# ---- order and fairness ---------------------------------------------------------------------------------------------
+
+
+def kendall(xs: Sequence[float], ys: Sequence[float]) -> float | None:
+    """Kendall's tau-b, which allows for ties; None where one side is all ties. O(n log n) (Knight 1966)."""
+    n = len(xs)
+    if n != len(ys):
+        raise ValueError("as many of the one as of the other are expected")
+    order = sorted(zip(xs, ys, strict=True))
+    pairs = n * (n - 1) // 2
+    ties_x = _ties([x for x, _ in order])
+    ties_y = _ties(sorted(ys))
+    ties_both = _ties(order)
+    if pairs in (ties_x, ties_y):
+        return None
+    swaps = _swaps([y for _, y in order])
+    score = pairs - ties_x - ties_y + ties_both - 2 * swaps
+    return score / math.sqrt((pairs - ties_x) * (pairs - ties_y))
+
+
+def _ties(ordered: Sequence[object]) -> int:
+    """Pairs of equal neighbours in runs."""
+    return sum(size * (size - 1) // 2 for size in (len(list(same)) for _, same in groupby(ordered)))
+
+
+def _swaps(values: list[float]) -> int:
+    """Exchanges that sorting takes: pairs in the wrong order."""
+    if len(values) < 2:
+        return 0
+    middle = len(values) // 2
+    left, right = values[:middle], values[middle:]
+    count = _swaps(left) + _swaps(right)
+    i = j = 0
+    for place in range(len(values)):
+        if j == len(right) or (i < len(left) and left[i] <= right[j]):
+            values[place] = left[i]
+            i += 1
+        else:
+            values[place] = right[j]
+            j += 1
+            count += len(left) - i
+    return count
+
+
+def jain(values: Sequence[float]) -> float | None:
+    """Jain's index: 1 where all have the same, 1/n where one has everything."""
+    squares = sum(value * value for value in values)
+    return sum(values) ** 2 / (len(values) * squares) if squares > 0 else None
+
+
+def deciles(sizes: Sequence[float]) -> list[int]:
+    """The decile of each entry by size, 0 to 9; equal sizes may be parted, so that every decile has its tenth."""
+    order = sorted(range(len(sizes)), key=lambda i: (sizes[i], i))
+    found = [0] * len(sizes)
+    for place, i in enumerate(order):
+        found[i] = place * 10 // len(sizes)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +244,11 @@ class Comparison:
     """Seeds with a ratio under 1."""
     seeds: int
 
+    @property
+    def differs(self) -> bool:
+        """The interval leaves 1 out."""
+        return abs(self.ratio - 1) > self.half_width
+
     def __str__(self) -> str:
         spread = f"seeds {self.low:.2f} to {self.high:.2f}, {self.better} of {self.seeds} better"
         return f"{self.ratio:.2f} ± {self.half_width:.2f} ({spread})"
@@ -112,5 +257,5 @@ class Comparison:
 def compare(ours: Sequence[float], theirs: Sequence[float]) -> Comparison:
     """Pairwise by seed; both in the same order."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    half = t95(len(ratios)) * stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.inf
-    return Comparison(fmean(ratios), half, min(ratios), max(ratios), sum(ratio < 1 for ratio in ratios), len(ratios))
+    mean, half = interval(ratios)
+    return Comparison(mean, half, min(ratios), max(ratios), sum(ratio < 1 for ratio in ratios), len(ratios))

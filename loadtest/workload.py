@@ -20,9 +20,9 @@ from typing import Any
 from elis_gateway.errors import ConfigError
 from loadtest import arrivals
 
-__all__ = ["Answered", "Request", "Seeds", "Workload", "azure", "pool"]
+__all__ = ["Answered", "Request", "Seeds", "Workload", "around", "azure", "pool", "trace"]
 
-VERSION = 1
+VERSION = 2
 DATA = Path(__file__).parent / "data"
 CAP = 1000
 """Answers of the shipped pool and trace stop here."""
@@ -41,6 +41,10 @@ class Request:
     app: str = ""
     """What kind of request it is; a client would say so in X-Elis-App."""
     max_tokens: int = CAP
+    turns: tuple[tuple[str, str], ...] = ()
+    """(role, text) of what was said before the prompt, a system message included."""
+    forced: bool = False
+    """The engine is told to make exactly ``tokens`` (``ignore_eos``), whatever the text would have been."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,7 @@ class Workload:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if data["version"] != VERSION:
                 raise ConfigError(f"{path}: workload version {data['version']}, expected {VERSION}")
-            loaded = cls(tuple(Request(**row) for row in data["requests"]), data["about"])
+            loaded = cls(tuple(_request(row) for row in data["requests"]), data["about"])
             stored = data["hash"]
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
@@ -92,6 +96,10 @@ class Workload:
         if loaded.hash != stored:
             raise ConfigError(f"{path}: its requests hash to {loaded.hash}, not {stored}: it was changed")
         return loaded
+
+
+def _request(row: dict[str, Any]) -> Request:
+    return Request(**{**row, "turns": tuple((role, text) for role, text in row["turns"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +133,7 @@ def _loops(text: str) -> bool:
 
 
 @cache
-def _trace() -> tuple[tuple[tuple[float, ...], ...], tuple[int, ...]]:
+def trace() -> tuple[tuple[tuple[float, ...], ...], tuple[int, ...]]:
     """The shipped sample of Azure's conversation trace: gaps by block, and answer lengths."""
     blocks: dict[str, list[float]] = {}
     lengths = []
@@ -144,11 +152,11 @@ def azure(n: int, *, load: float, capacity: float, seeds: Seeds, longest: int = 
     out, so that a slow real engine can be done in time. Each request takes one of the ``nearest`` answers of the pool
     around the drawn length.
     """
-    blocks, lengths = _trace()
+    blocks, lengths = trace()
     answers = [answered for answered in pool() if answered.tokens <= longest]
     sizes = [answered.tokens for answered in answers]
     lengths = tuple(length for length in lengths if length <= longest)
-    nearby = {length: _around(sizes, length, nearest) for length in set(lengths)}
+    nearby = {length: around(sizes, length, nearest) for length in set(lengths)}
     mean = sum(sum(sizes[i] for i in nearby[x]) / len(nearby[x]) for x in lengths) / len(lengths)
     gaps = arrivals.replayed(n, load * capacity / mean, blocks, random.Random(f"arrivals {seeds.arrivals}"))
     draw_length, draw_prompt = random.Random(f"lengths {seeds.lengths}"), random.Random(f"prompts {seeds.prompts}")
@@ -176,7 +184,7 @@ def azure(n: int, *, load: float, capacity: float, seeds: Seeds, longest: int = 
     return Workload(tuple(requests), about)
 
 
-def _around(sizes: list[int], length: int, n: int) -> list[int]:
+def around(sizes: list[int], length: int, n: int) -> list[int]:
     """Indices of the ``n`` entries of a sorted list nearest to ``length``."""
     n = min(n, len(sizes))
     middle = bisect.bisect_left(sizes, length)

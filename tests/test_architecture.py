@@ -142,6 +142,9 @@ WIRE_PURE = {"asyncio", "aiohttp", "socket", "time", "random", "logging"}
         ("elis_gateway.sim.simulator", {"time", "aiohttp"}),
         ("loadtest.arrivals", {"time", "asyncio", "aiohttp"}),
         ("loadtest.stats", {"time", "asyncio", "aiohttp"}),
+        ("loadtest.figures", {"time", "asyncio", "aiohttp"}),
+        ("loadtest.compare", {"time", "asyncio", "aiohttp"}),
+        ("loadtest.make", {"time", "asyncio", "aiohttp"}),
         ("loadtest.workload", {"time", "asyncio", "aiohttp"}),
     ],
 )
@@ -157,7 +160,7 @@ def test_what_a_module_must_not_know(package: str, never: set[str]) -> None:
     [
         ("prometheus_client", {"elis_gateway.metrics"}),
         ("uvloop", {"elis_gateway.cli"}),
-        ("click", {"elis_gateway.cli", "loadtest.cli", "loadtest.engines", "onnx_export.cli"}),
+        ("click", {"elis_gateway.cli", "loadtest.cli", "loadtest.options", "loadtest.engines", "onnx_export.cli"}),
         ("torch", {"onnx_export"}),
         ("transformers", {"onnx_export"}),
         ("onnxruntime", {"elis_gateway.predictor.onnx", "onnx_export"}),
@@ -171,7 +174,7 @@ def test_what_a_module_must_not_know(package: str, never: set[str]) -> None:
                 "elis_gateway.predictor.manifest",
             },
         ),
-        ("yaml", {"elis_gateway.config", "elis_gateway.config_explain"}),
+        ("yaml", {"elis_gateway.config", "elis_gateway.config_explain", "loadtest.make"}),
     ],
 )
 def test_a_library_has_one_importer(library: str, only: set[str]) -> None:
