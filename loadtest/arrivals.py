@@ -125,7 +125,7 @@ def _stages(n: int, rate: float, rng: random.Random, spec: Spec) -> list[float]:
     spec.only(rest=10**6)
     pieces = []
     for word in spec.rest:
-        seconds, at, times_rate = word.partition("@")
+        seconds, _, times_rate = word.partition("@")
         try:
             pieces.append((float(seconds), rate * float(times_rate), rate * float(times_rate)))
         except ValueError:
