@@ -300,6 +300,7 @@ class Scheduler:
 
     def _use(self, policy: Policy) -> None:
         self.policy: Policy = policy if self.config.estimates or not policy.needs_estimates else FCFS()
+        self.room.policy = self.policy
         self._estimates = self.policy.needs_estimates
         self._elastic = self.policy.preempts and self.config.mode == "elastic"
         fixed = self.policy.preempts and self.config.mode == "fixed"
@@ -477,6 +478,10 @@ class Scheduler:
         self._finish(job, outcome, cause, now)
         if held is not None:
             self._fill(held, now)
+        if job.avoid is not None:
+            # A slot may have been left free because the job next in line had just failed there.
+            for upstream in self.pools[job.spec.model].upstreams:
+                self._fill(upstream, now)
 
     def _end(self, running: Running) -> None:
         running.ending = True

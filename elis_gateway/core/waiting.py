@@ -13,7 +13,7 @@ from collections import OrderedDict
 
 from elis_gateway.core.job import Job
 from elis_gateway.core.placement import Pool, Running, Upstream
-from elis_gateway.core.policy import remaining_tokens
+from elis_gateway.core.policy import FCFS, Policy, remaining_tokens
 from elis_gateway.core.ready import Head, ReadyQueue
 
 __all__ = ["WaitingRoom"]
@@ -29,6 +29,8 @@ class WaitingRoom:
         self.pools: dict[str, Pool] = {}
         self.seam_tokens = seam_tokens
         """What ending one call and starting another costs, in decoded tokens."""
+        self.policy: Policy = FCFS()
+        """Set by the scheduler; asked again only where a waiting job would make a running one yield."""
         self._seconds_per_token = seconds_per_token
         self._prefill = prefill_tokens_per_second
         self._conversations: OrderedDict[str, str] = OrderedDict()
@@ -204,4 +206,10 @@ class WaitingRoom:
         if head.rank != rank:
             return head.rank < rank
         # An overdue job is next for a slot, but evicts nobody: its key here is a due time.
-        return head.late == 1 and head.key + self.margin(victim.job) < victim.key
+        margin = self.margin(victim.job)
+        if head.late != 1 or head.key + margin >= victim.key:
+            return False
+        # The victim's key was made at today's pace and gamma, the waiting job's when it came: on an engine that has
+        # become slower since, the victim would look longer than it is.
+        job = head.job
+        return self.policy.key(job, self.pools[job.spec.model], job.ready_since) + margin < victim.key

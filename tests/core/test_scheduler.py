@@ -229,6 +229,16 @@ class TestElastic:
         s.started("a")
         assert s.submit("b", 900, rank=0) == ["ask b", "preempt a"]
 
+    def test_an_engine_that_became_slower_makes_nobody_yield_to_a_longer_job(self):
+        # The key of "b" was made when a token took a second; by today's pace "a" alone looks longer than it.
+        s = Stage(ISRTF())
+        s.submit("a", 100)
+        s.submit("b", 120)
+        s.started("a")
+        s.scheduler.pools["m"].seconds_per_token = 8.0
+        assert s.window("a", 50, 50) == ["ask a"]
+        assert s.submit("c", 10) == ["ask c", "preempt a"]
+
 
 class TestEngineOrdered:
     def test_calls_beyond_the_slots_carry_the_key(self):
@@ -275,6 +285,14 @@ class TestUpstreams:
         s.submit("a", 100)
         s.submit("b", 500)
         assert s.end("b", SliceEnd.WINDOW, 50) == ["run b on v", "ask b"]
+
+    def test_a_slot_left_free_by_the_head_that_failed_there_is_filled_when_the_head_leaves(self):
+        s = Stage(FCFS(), upstreams=("u", "v"))
+        s.submit("a")
+        s.at(1.0).submit("b")
+        s.submit("c")
+        assert s.end("a", SliceEnd.INTERRUPTED, 0) == []
+        assert s.cancel("a") == ["cancelled a", "run c on u"]
 
     def test_an_interrupted_job_continues_elsewhere_with_what_it_has(self):
         s = Stage(upstreams=("u", "v"), slots=1)
