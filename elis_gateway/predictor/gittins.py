@@ -151,6 +151,27 @@ class LengthTable:
         passed = into - share * into * (into - 1) * 0.5
         return (self._mean[i] - passed) / lives, self._survival[i] * lives
 
+    def median(self, age: int) -> float:
+        """What remains after ``age`` tokens, at even odds; at least 1."""
+        if age >= EDGES[-1]:
+            return 1.0
+        _, here = self._mean_at(age, bin_of(age))
+        half = 0.5 * here
+        survival = self._survival
+        # survival falls from left to right: the first edge beyond which fewer than half of those at ``age`` are left.
+        low, high = bin_of(age), BINS
+        while low < high:
+            middle = (low + high) // 2
+            if survival[middle] > half:
+                low = middle + 1
+            else:
+                high = middle
+        i = max(low, 1)
+        left, right = survival[i - 1], survival[i]
+        into = (left - half) / (left - right) if left > right else 1.0
+        at = EDGES[i - 1] + min(max(into, 0.0), 1.0) * _WIDTHS[i - 1]
+        return max(at - age, 1.0)
+
     def survival(self, age: int) -> float:
         """P(X > age)."""
         return 0.0 if age >= EDGES[-1] else self._mean_at(age, bin_of(age))[1]

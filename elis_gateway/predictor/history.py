@@ -32,12 +32,44 @@ _log = logging.getLogger(__name__)
 _VERSION = 1
 _PRIOR = lognormal_hazards(median=200.0, sigma=1.3)
 _KNOWN = ("ended", "lasted", "partly")
+_FREE = 50.0
+"""Answers that an application may add to a level above it whatever the others do."""
+
+
+class Share:
+    """How much of what a level has seen came from one application below it.
+
+    As long as nobody else is heard, an application counts in full. Beside others it counts no more than all of them
+    together (and ``_FREE`` answers): whoever sends absurd answers, however many, spoils its own estimates first and can
+    bend what others start from by half at the most.
+    """
+
+    __slots__ = ("at", "given")
+
+    def __init__(self) -> None:
+        self.given = 0.0
+        """Weight given, as it stood when the level had seen ``at`` answers."""
+        self.at = 0
+
+    def take(self, count: int, seen: float, decay: float) -> float:
+        """What the next answer counts at a level that saw ``count`` answers, which weigh ``seen`` today; each fades by
+        ``decay`` with every further one."""
+        given = self.given * decay ** (count - self.at)
+        others = max(seen - given, 0.0)
+        most = others + _FREE
+        weight = 1.0 if others < 1.0 or given <= most else most / given
+        self.given = given * decay + weight
+        self.at = count + 1
+        return weight
 
 
 class _Lengths:
     """One distribution: decaying counts, and the table made from them."""
 
-    __slots__ = ("built", "changes", "ended", "fresh", "hazards", "lasted", "parent", "partly", "seen", "table", "unit")
+    __slots__ = (
+        "built", "changes", "ended", "fresh", "hazards", "lasted", "parent", "partly", "seen", "table", "to_all",
+        "to_parent", "unit",
+    )  # fmt: skip
 
     def __init__(self, parent: _Lengths | None) -> None:
         self.parent = parent
@@ -59,19 +91,20 @@ class _Lengths:
         """``changes`` of the parent when the table was made."""
         self.hazards: array[float] = _PRIOR
         self.table: LengthTable | None = None
+        self.to_all, self.to_parent = Share(), Share()
 
-    def add(self, tokens: int, complete: bool, growth: float) -> None:
-        """``growth``: how much more the next answer counts than this one."""
-        unit = self.unit
+    def add(self, tokens: int, complete: bool, growth: float, weight: float = 1.0) -> None:
+        """``growth``: how much more the next answer counts than this one; ``weight``: how much this one counts."""
+        unit = self.unit * weight
         if complete:
             self.ended[bin_of(tokens - 1)] += unit
         else:
             i = bin_of(tokens)
             self.lasted[i] += unit
             self.partly[i] += unit * min(1.0, (tokens - EDGES[i]) / (EDGES[i + 1] - EDGES[i]))
-        self.seen = self.seen / growth + 1.0
+        self.seen = self.seen / growth + weight
         self.changes += 1
-        self.unit = unit * growth
+        self.unit *= growth
         if self.unit > 1e9:
             self._rescale()
 
@@ -174,9 +207,18 @@ class History:
         if tokens < 1:
             return  # nothing was answered: neither a length nor a bound of one
         growth = self._growth
-        self._all.add(tokens, complete, growth)
-        self._model(view.model).add(tokens, complete, growth)
-        self._app((view.model, view.app)).add(tokens, complete, growth)
+        known = self._app((view.model, view.app))
+        everybody, model = self._all, self._model(view.model)
+        to_all = known.to_all.take(everybody.changes, everybody.seen, 1.0 / growth)
+        to_model = known.to_parent.take(model.changes, model.seen, 1.0 / growth)
+        everybody.add(tokens, complete, growth, to_all)
+        model.add(tokens, complete, growth, to_model)
+        known.add(tokens, complete, growth)
+
+    def median(self, model: str, app: str, attained: int) -> float:
+        """Even odds of what remains after ``attained`` tokens, in tokens; a broad guess before the first answer."""
+        known = self._apps.get((model, app)) or self._models.get(model) or self._all
+        return known.current(self._strength).median(attained)
 
     def _model(self, model: str) -> _Lengths:
         known = self._models.get(model)
