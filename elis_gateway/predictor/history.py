@@ -246,32 +246,42 @@ class History:
         """Write the file, if there is one to write: at once or not at all. Raises OSError."""
         if self._path is None:
             return
-        data = {
+        temporary = self._path.with_name(self._path.name + ".part")
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(self.dump(), file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self._path)
+
+    def dump(self) -> dict[str, Any]:
+        """Everything learned, as JSON can hold it."""
+        return {
             "version": _VERSION,
             "all": self._all.to_json(),
             "models": [[model, known.to_json()] for model, known in self._models.items()],
             "apps": [[*key, known.to_json()] for key, known in self._apps.items()],
         }
-        temporary = self._path.with_name(self._path.name + ".part")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(data, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
+
+    def restore(self, data: dict[str, Any]) -> None:
+        """Take up what ``dump`` gave. Raises ValueError, KeyError, TypeError or AttributeError for anything else."""
+        if data["version"] != _VERSION:
+            raise ValueError(f"version {data['version']!r}, expected {_VERSION}")
+        self._all.from_json(data["all"])
+        for model, counts in data["models"][-self._max_apps :]:
+            self._model(str(model)).from_json(counts)
+        for model, app, counts in data["apps"][-self._max_apps :]:
+            self._app((str(model), str(app))).from_json(counts)
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self._all = _Lengths(None)
+        self._models.clear()
+        self._apps.clear()
 
     def _load(self, path: Path) -> None:
         """Take up what was saved. A file that cannot be read costs the history, not the service."""
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if data["version"] != _VERSION:
-                raise ValueError(f"version {data['version']!r}, expected {_VERSION}")
-            self._all.from_json(data["all"])
-            for model, counts in data["models"][-self._max_apps :]:
-                self._model(str(model)).from_json(counts)
-            for model, app, counts in data["apps"][-self._max_apps :]:
-                self._app((str(model), str(app))).from_json(counts)
+            self.restore(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
             _log.warning("history %s cannot be read (%s: %s): starting without it", path, type(exc).__name__, exc)
-            self._all = _Lengths(None)
-            self._models.clear()
-            self._apps.clear()
+            self.forget()

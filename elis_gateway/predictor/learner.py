@@ -21,10 +21,15 @@ first.
 
 from __future__ import annotations
 
+import json
+import logging
+import os
+import zipfile
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Sequence
-from math import exp, log
+from collections.abc import Mapping, Sequence
+from math import erfc, exp, log, sqrt
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +39,10 @@ from elis_gateway.predictor.base import View
 from elis_gateway.predictor.history import History, Share
 
 __all__ = ["Learner", "Prediction", "Sight"]
+
+_log = logging.getLogger(__name__)
+
+_VERSION = 1
 
 Vector = npt.NDArray[np.float64]
 
@@ -51,8 +60,8 @@ _PENALTY_FIXED = (1.0, 10.0, 10.0)
 _PENALTY_FEATURES = 300.0
 _PENALTY_REDUCED = 1000.0
 """Rows at which data and belief weigh the same, for an input of variance 1. Chosen on validation prompts."""
-_STEPS = (1.0, 3.0, 3.0)
-"""Penalties of all, model and application relative to these: what leans on a level that has seen the same data."""
+_STEPS = (2.0, 10.0, 10.0)
+"""Penalties of all, model and application relative to these: levels below lean on what has seen the same answers."""
 
 
 class Sight(NamedTuple):
@@ -92,18 +101,22 @@ class Learner:
         features: int,
         reduced: int,
         *,
+        layout: str = "",
         history: History | None = None,
         horizon: float = 1000.0,
         max_apps: int = 256,
     ) -> None:
-        """``features``, ``reduced``: how many there are. ``max_apps``: (model, application) pairs with a line and spread
-        of their own."""
+        """``features``, ``reduced``: how many there are; ``layout``: a name of what they mean. ``max_apps``: (model,
+        application) pairs with a line and spreads of their own."""
         self.history = history if history is not None else History(horizon=horizon)
-        self.features, self.reduced = features, reduced
-        self._inputs = _FIXED + features + reduced
         self._decay = 1.0 - 1.0 / (horizon + 1.0)
         self._max_apps = max_apps
-        self._penalty = np.concatenate(
+        self._shape(features, reduced, layout)
+
+    def _shape(self, features: int, reduced: int, layout: str) -> None:
+        self.features, self.reduced, self.layout = features, reduced, layout
+        self._inputs = _FIXED + features + reduced
+        self._penalty: Vector = np.concatenate(
             [_PENALTY_FIXED, np.full(features, _PENALTY_FEATURES), np.full(reduced, _PENALTY_REDUCED)]
         )
         self.clear()
@@ -139,6 +152,70 @@ class Learner:
             inputs[_FIXED + self.features :] = sight.reduced
         return inputs
 
+    # ---- across restarts and models ------------------------------------------------------------------------------
+
+    def fit(self, features: int, reduced: int, layout: str) -> None:
+        """Another shipped model. What was learned stays where ``layout``, the name of what the inputs mean, does."""
+        if (features, reduced, layout) != (self.features, self.reduced, self.layout):
+            self._shape(features, reduced, layout)
+
+    def save(self, path: Path) -> None:
+        """Write everything to one file, at once or not at all. Raises OSError."""
+        levels = [self._all, *self._models.values(), *self._apps.values()]
+        names = {
+            "version": _VERSION,
+            "layout": self.layout,
+            "history": self.history.dump(),
+            "models": list(self._models),
+            "apps": [list(key) for key in self._apps],
+        }
+        arrays = {name: np.stack([level.numbers()[name] for level in levels]) for name in self._all.numbers()}
+        temporary = path.with_name(path.name + ".part")
+        with temporary.open("wb") as file:
+            np.savez(file, names=np.frombuffer(json.dumps(names).encode(), dtype=np.uint8), **arrays)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Take up what was saved. A file that cannot be read costs what was learned, not the service; of one that was
+        saved with another model, the history is taken."""
+        try:
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+                names = json.loads(file["names"].tobytes())
+                if names["version"] != _VERSION:
+                    raise ValueError(f"version {names['version']!r}, expected {_VERSION}")
+                self.history.restore(names["history"])
+                if names["layout"] == self.layout:
+                    self._restore(names, file)
+                else:
+                    _log.info("learned state %s: made with another model; its history is kept", path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+            _log.warning(
+                "learned state %s cannot be read (%s: %s): starting without it", path, type(error).__name__, error
+            )
+            self.history.forget()
+            self.clear()
+
+    def _restore(self, names: dict[str, Any], file: Mapping[str, Any]) -> None:
+        arrays = {name: file[name] for name in self._all.numbers()}
+        models = [str(model) for model in names["models"]]
+        apps = [(str(model), str(app)) for model, app in names["apps"]]
+        if any(len(array) != 1 + len(models) + len(apps) for array in arrays.values()):
+            raise ValueError("its parts do not fit together")
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise ValueError("not all of its numbers are finite")
+        self.clear()
+        for at, key in enumerate([None, *models, *apps]):
+            level = self._all
+            if isinstance(key, str):
+                level = self._model(key)
+            elif isinstance(key, tuple):
+                level = self._app(*key)
+            level.restore({name: array[at] for name, array in arrays.items()})
+        for level in (self._all, *self._models.values(), *self._apps.values()):
+            level.solve(self._penalty)
+
     # ---- told ---------------------------------------------------------------------------------------------------
 
     def learn(self, model: str, app: str, made: Sequence[Prediction], tokens: int, *, complete: bool) -> None:
@@ -157,20 +234,30 @@ class Learner:
 
     def _levels(self, model: str, app: str) -> list[tuple[_Level, float]]:
         """All, the model, the application, and what one answer of this application counts there."""
-        at_model = self._models.get(model)
-        if at_model is None:
-            at_model = self._models[model] = _Level(self._all, self._inputs, 1)
+        at_model, at_app = self._model(model), self._app(model, app)
+        to_all = at_app.to_all.take(self._all.count, self._all.seen, self._decay)
+        to_model = at_app.to_model.take(at_model.count, at_model.seen, self._decay)
+        return [(self._all, to_all), (at_model, to_model), (at_app, 1.0)]
+
+    def _model(self, model: str) -> _Level:
+        known = self._models.get(model)
+        if known is None:
+            known = self._models[model] = _Level(self._all, self._inputs, 1)
             if len(self._models) > self._max_apps:
                 self._models.popitem(last=False)
-        self._models.move_to_end(model)
-        at_app = self._apps.get((model, app))
-        if at_app is None:
-            at_app = self._apps[model, app] = _Level(at_model, self._inputs, 2)
+        else:
+            self._models.move_to_end(model)
+        return known
+
+    def _app(self, model: str, app: str) -> _Level:
+        known = self._apps.get((model, app))
+        if known is None:
+            known = self._apps[model, app] = _Level(self._model(model), self._inputs, 2)
             if len(self._apps) > self._max_apps:
                 self._apps.popitem(last=False)
-        self._apps.move_to_end((model, app))
-        weights = [share.take(level.count, level.seen, self._decay) for share, level in at_app.shares(self._all)]
-        return [(self._all, weights[0]), (at_model, weights[1]), (at_app, 1.0)]
+        else:
+            self._apps.move_to_end((model, app))
+        return known
 
 
 def _kind(sight: Sight) -> int:
@@ -195,7 +282,10 @@ def _chosen(made: list[Prediction]) -> list[Prediction]:
 class _Level:
     """What is known of all, of a model or of an application: a line and its spreads."""
 
-    __slots__ = ("coefficients", "count", "depth", "due", "moments", "parent", "seen", "solved", "spreads", "to_all", "to_parent", "with_target")
+    __slots__ = (
+        "coefficients", "count", "depth", "due", "moments", "parent", "seen", "spreads", "to_all", "to_model",
+        "with_target",
+    )  # fmt: skip
 
     def __init__(self, parent: _Level | None, inputs: int, depth: int) -> None:
         self.parent, self.depth = parent, depth
@@ -212,12 +302,10 @@ class _Level:
             self.coefficients[2] = _TRUST
         else:
             self.coefficients = parent.coefficients
-        self.spreads = [_Spread(None if parent is None else parent.spreads[kind]) for kind in range(_KINDS)]
-        self.to_all, self.to_parent = Share(), Share()
-
-    def shares(self, everybody: _Level) -> list[tuple[Share, _Level]]:
-        assert self.parent is not None
-        return [(self.to_all, everybody), (self.to_parent, self.parent)]
+        self.spreads: list[_Spread] = [
+            _Spread(None if parent is None else parent.spreads[kind]) for kind in range(_KINDS)
+        ]
+        self.to_all, self.to_model = Share(), Share()
 
     @property
     def stale(self) -> bool:
@@ -249,6 +337,32 @@ class _Level:
         self.moments += weighted.T @ inputs
         self.with_target += weighted.T @ targets
 
+    def numbers(self) -> dict[str, npt.NDArray[Any]]:
+        """What is to be kept of it; the upper half of the moments is all of them."""
+        upper = np.triu_indices(len(self.moments))
+        return {
+            "moments": self.moments[upper].astype(np.float32),
+            "with_target": self.with_target,
+            "spreads": np.stack([(s.ended, s.lasted) for s in self.spreads]).astype(np.float32),
+            "counts": np.array(
+                [self.seen, self.count, self.to_all.given, self.to_all.at, self.to_model.given, self.to_model.at]
+            ),
+        }
+
+    def restore(self, numbers: dict[str, npt.NDArray[Any]]) -> None:
+        """Take up what ``numbers`` gave. Raises ValueError for arrays of another shape."""
+        upper = np.triu_indices(len(self.moments))
+        self.moments[upper] = numbers["moments"]
+        self.moments.T[upper] = numbers["moments"]
+        self.with_target[:] = numbers["with_target"]
+        for spread, (ended, lasted) in zip(self.spreads, numbers["spreads"], strict=True):
+            spread.ended[:], spread.lasted[:] = ended, lasted
+            spread.changes = int((spread.ended + spread.lasted).sum())
+        seen, count, *shares = (float(number) for number in numbers["counts"])
+        self.seen, self.count = seen, int(count)
+        self.to_all.given, self.to_model.given = shares[0], shares[2]
+        self.to_all.at, self.to_model.at = int(shares[1]), int(shares[3])
+
     def solve(self, penalty: Vector) -> None:
         """The line anew, from what was gathered and from the level above."""
         self.due = self.count + 1 + int(0.05 * min(self.count, 1000))
@@ -273,7 +387,8 @@ def _first(inputs: int) -> Vector:
 
 # ---- spreads --------------------------------------------------------------------------------------------------------
 
-_LOW, _HIGH, _STEP = -4.0, 4.0, 0.125
+_LOW, _HIGH, _STEP = -4.0, 2.5, 0.125
+"""Log ratios. No further up: what lasts 12 times as long as expected is a loop, and must not become the mean."""
 _BINS = round((_HIGH - _LOW) / _STEP)
 _RATIOS = np.exp(np.linspace(_LOW, _HIGH, _BINS + 1))
 """Bin i holds the ratios from _RATIOS[i] to _RATIOS[i + 1]; what lies outside counts in the bins at the ends."""
@@ -283,8 +398,6 @@ _STRENGTH = 15.0
 
 def _prior() -> Vector:
     """Hazards of a log-normal ratio around 1."""
-    from math import erfc, sqrt
-
     beyond = np.array([0.5 * erfc(x / (0.9 * sqrt(2.0))) for x in np.linspace(_LOW, _HIGH, _BINS + 1)])
     beyond[0] = 1.0
     hazards: Vector = 1.0 - beyond[1:] / beyond[:-1]
