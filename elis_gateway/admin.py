@@ -5,8 +5,12 @@ Knows: admin routes and their JSON. Never: how a policy is built or a reload is 
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Awaitable, Callable, Mapping
+from importlib.resources import files
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import orjson
 from aiohttp import web
@@ -46,6 +50,9 @@ class AdminDesk(Protocol):
 
     def upstreams(self) -> list[dict[str, Any]]: ...
 
+    def look(self) -> dict[str, Any]:
+        """What goes on right now, for the page."""
+
 
 def make_admin_app(desk: AdminDesk) -> web.Application:
     """The admin listener's application."""
@@ -84,7 +91,21 @@ def make_admin_app(desk: AdminDesk) -> web.Application:
     async def upstreams(request: web.Request) -> web.Response:
         return _json({"upstreams": desk.upstreams()})
 
-    app = web.Application()
+    async def live(request: web.Request) -> web.Response:
+        return _json(desk.look())
+
+    async def to_ui(request: web.Request) -> web.Response:
+        raise web.HTTPFound("ui")
+
+    page, page_headers = _page()
+
+    async def ui(request: web.Request) -> web.Response:
+        return web.Response(body=page, headers=page_headers)
+
+    app = web.Application(middlewares=[_from_here])
+    app.router.add_get("/", to_ui)
+    app.router.add_get("/ui", ui)
+    app.router.add_get("/admin/live", live)
     app.router.add_get("/metrics", metrics)
     app.router.add_get("/admin/policy", get_policy)
     app.router.add_put("/admin/policy", put_policy)
@@ -93,6 +114,36 @@ def make_admin_app(desk: AdminDesk) -> web.Application:
     app.router.add_post("/admin/reload", reload)
     app.router.add_get("/admin/upstreams", upstreams)
     return app
+
+
+@web.middleware
+async def _from_here(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Nothing is changed because some other site's page, open in an operator's browser, asks for it."""
+    if request.method not in ("GET", "HEAD", "OPTIONS"):
+        origin = request.headers.get("Origin")
+        if origin is not None and urlsplit(origin).netloc != request.host:
+            return _json({"error": f"a page of {origin} may not change anything here"}, status=403)
+    return await handler(request)
+
+
+def _page() -> tuple[bytes, dict[str, str]]:
+    """The page, and headers that let it run its own code and speak with this listener, and nothing else."""
+    body = files("elis_gateway").joinpath("ui.html").read_bytes()
+    own = {
+        kind: base64.b64encode(hashlib.sha256(body.split(b"<%b>" % tag)[1].split(b"</%b>" % tag)[0]).digest()).decode()
+        for kind, tag in (("script-src", b"script"), ("style-src", b"style"))
+    }
+    policy = "default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    policy += "".join(f"; {kind} 'sha256-{digest}'" for kind, digest in own.items())
+    return body, {
+        "Content-Type": "text/html; charset=utf-8",
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
 
 
 async def _set(desk: AdminDesk, wanted: Any) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from aiohttp import web
 from elis_gateway import build
 from elis_gateway.admin import make_admin_app
 from elis_gateway.config import Config, ExternalPolicy
-from elis_gateway.core.job import JobState
 from elis_gateway.core.placement import UpstreamInfo
 from elis_gateway.core.scheduler import Scheduler
 from elis_gateway.dispatcher import Dispatcher
@@ -28,6 +27,7 @@ from elis_gateway.handlers import Handlers, describe
 from elis_gateway.intake import Intake
 from elis_gateway.journal import Journal
 from elis_gateway.lag import LagMeter
+from elis_gateway.live import Live
 from elis_gateway.metrics import Metrics
 from elis_gateway.tasks import spawn
 from elis_gateway.traffic_log import TrafficLog
@@ -71,7 +71,7 @@ class Gateway:
                 "elis_seam_tokens": lambda: [((), self.core.seam_tokens)],
                 "elis_order_jct_seconds": self._orders,
                 "elis_order_jobs": lambda: [((m,), pool.shadow.settled) for m, pool in self.core.pools.items()],
-                "elis_longest_wait_seconds": lambda: [((), self._longest_wait())],
+                "elis_longest_wait_seconds": lambda: [((), self._live.longest_wait(self._loop.time()))],
                 "elis_upstream_up": lambda: [((u["id"],), float(u["up"])) for u in self.fleet.describe()],
             }
         )
@@ -86,7 +86,8 @@ class Gateway:
             describe=describe,
             reads_text=self.predictor is not None and self.predictor.reads_text,
         )
-        observers: list[Observer] = [self._intake, self.metrics, self.journal]
+        self._live = Live(self.core, lambda: self.flights, time.time() - self._loop.time())
+        observers: list[Observer] = [self._intake, self.metrics, self.journal, self._live]
         if self._traffic_log is not None:
             observers.append(self._traffic_log)
         self.dispatcher = Dispatcher(
@@ -211,12 +212,6 @@ class Gateway:
     def _paces(self) -> Iterable[tuple[tuple[str, ...], float]]:
         return [((model,), pool.seconds_per_token) for model, pool in self.core.pools.items() if pool.upstreams]
 
-    def _longest_wait(self) -> float:
-        """Seconds the job has waited that has waited longest, since its arrival or its last call."""
-        jobs = self.core.jobs.values()
-        since = min((job.ready_since for job in jobs if job.state is JobState.READY), default=None)
-        return 0.0 if since is None else self._loop.time() - since
-
     def _orders(self) -> Iterable[tuple[tuple[str, ...], float]]:
         for model, pool in self.core.pools.items():
             shadow = pool.shadow
@@ -264,6 +259,10 @@ class Gateway:
         return [
             {**u, "running": running(u["id"]) if u["id"] in self.core.upstreams else 0} for u in self.fleet.describe()
         ]
+
+    def look(self) -> dict[str, Any]:
+        """What goes on right now, for the page."""
+        return self._live.look(self._loop.time(), self.upstreams(), self.policy())
 
     async def reload(self) -> dict[str, Any]:
         """Read the configuration again and apply what can change while serving: policy, aliases, classes, upstreams."""

@@ -26,7 +26,7 @@ ARROWS: dict[str, set[str]] = {
     E + "cli": {E + "app", E + "logs", E + "sim", "loadtest", "onnx_export"},
     E + "app": {
         *(E + name for name in ("admin", "build", "channel", "dispatcher", "flight", "handlers", "intake")),
-        *(E + name for name in ("journal", "lag", "logs", "metrics")),
+        *(E + name for name in ("journal", "lag", "live", "logs", "metrics")),
         *(E + name for name in ("tasks", "traffic_log", "predictor", "upstream", "wire")),
         CORE,
     },
@@ -37,6 +37,7 @@ ARROWS: dict[str, set[str]] = {
     E + "admin": {E + "flight", E + "journal"},
     E + "build": {CORE, E + "predictor"},
     E + "journal": {E + "flight", CORE + ".job"},
+    E + "live": {E + "flight", CORE},
     E + "intake": {E + "flight", E + "upstream.base", E + "wire", CORE + ".job"},
     E + "estimator": {E + "flight", E + "predictor.base", E + "tasks", *VALUES},
     E + "dispatcher": {

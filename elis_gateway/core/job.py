@@ -74,9 +74,9 @@ class Job:
     """
 
     __slots__ = (
-        "arrival", "attained", "avoid", "cause", "due", "entry", "estimate", "estimate_at", "failures", "finished",
-        "first_run", "first_token", "home", "outcome", "preemptions", "ready_since", "served", "slice", "slices",
-        "spec", "state", "waited",
+        "arrival", "attained", "avoid", "cause", "disturbed", "due", "entry", "estimate", "estimate_at", "failures",
+        "finished", "first_run", "first_token", "home", "outcome", "preemptions", "ready_since", "served", "slice",
+        "slices", "spec", "state", "waited",
     )  # fmt: skip
 
     def __init__(self, spec: JobSpec, arrival: float) -> None:
@@ -106,6 +106,8 @@ class Job:
         """Seconds spent READY so far."""
         self.served = 0.0
         """Seconds its slices held a slot."""
+        self.disturbed = 0
+        """Continuations of others that began beside its slices."""
         self.first_run: float | None = None
         self.first_token: float | None = None
         self.finished: float | None = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from math import exp, log2
 
-__all__ = ["Lengths", "Quantile", "solve_gamma"]
+__all__ = ["Lengths", "Quantile", "Slope", "solve_gamma"]
 
 _BINS_PER_OCTAVE = 4
 _BINS = 18 * _BINS_PER_OCTAVE + 1  # up to 2**18 tokens
@@ -85,6 +85,29 @@ def solve_gamma(arrival_rate: float, shares: list[tuple[float, float]], seconds_
         else:
             low = middle
     return low
+
+
+class Slope:
+    """By how much y grows with x, in y = a + b x with noise: least squares over the recent past, in five sums."""
+
+    __slots__ = ("_n", "_x", "_xx", "_xy", "_y", "value")
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        """b, at least 0; 0.0 until there is enough to tell."""
+        self._n = self._x = self._y = self._xx = self._xy = 0.0
+
+    def add(self, x: float, y: float, weight: float) -> None:
+        """Count one observation; older ones fade over about 2,000."""
+        keep = 0.9995
+        self._n = self._n * keep + weight
+        self._x = self._x * keep + weight * x
+        self._y = self._y * keep + weight * y
+        self._xx = self._xx * keep + weight * x * x
+        self._xy = self._xy * keep + weight * x * y
+        spread = self._xx * self._n - self._x * self._x
+        if spread > 1e-12:
+            self.value = max((self._xy * self._n - self._x * self._y) / spread, 0.0)
 
 
 _STEP = 1.02

@@ -6,7 +6,7 @@ from heapq import heappop, heappush
 from typing import NamedTuple
 
 from elis_gateway.core.job import Job
-from elis_gateway.core.lengths import Lengths, solve_gamma
+from elis_gateway.core.lengths import Lengths, Slope, solve_gamma
 from elis_gateway.core.ready import ReadyQueue
 from elis_gateway.core.shadow import Shadow
 from elis_gateway.core.slice import Slice
@@ -34,10 +34,13 @@ class Running:
     __slots__ = (
         "base",
         "began",
+        "calm",
         "ending",
         "job",
         "key",
         "mark_at",
+        "mark_calm",
+        "mark_full",
         "mark_tokens",
         "sent",
         "slice",
@@ -60,6 +63,10 @@ class Running:
         self.base = self.job.attained
         self.mark_at = now
         self.mark_tokens = self.base
+        self.calm = self.mark_calm = upstream.continued
+        """Continuations that had begun on the upstream when this slice was sent, and at the last mark."""
+        self.mark_full = False
+        """Every slot was taken at the last mark."""
         self.ending = False
         """Preempt or Abort was emitted; the slot frees when the slice's end is reported."""
 
@@ -67,7 +74,7 @@ class Running:
 class Upstream:
     """One upstream's slots, its slices in flight, and the jobs whose prefix it has cached."""
 
-    __slots__ = ("_victims", "closing", "ending", "held", "info", "pools", "queue", "running", "unstarted")
+    __slots__ = ("_victims", "closing", "continued", "ending", "held", "info", "pools", "queue", "running", "unstarted")
 
     def __init__(self, info: UpstreamInfo) -> None:
         self.info = info
@@ -84,6 +91,8 @@ class Upstream:
         """Slots kept free until the fresh estimate of the job that left them has come."""
         self.unstarted: dict[int, Running] = {}
         """Slices sent whose first token has not come: in prefill, or in the engine's own queue."""
+        self.continued = 0
+        """Continuations that have begun here, ever."""
         self._victims: list[tuple[int, float, int, int, Running]] = []
 
     @property
@@ -91,6 +100,11 @@ class Upstream:
         """Calls that may still be sent; a held slot is not free."""
         info = self.info
         return info.slots + info.overcommit - len(self.running) - self.held if info.slots else 0
+
+    @property
+    def full(self) -> bool:
+        """Every slot is taken."""
+        return len(self.running) >= self.info.slots
 
     @property
     def load(self) -> float:
@@ -133,7 +147,7 @@ class Pool:
 
     __slots__ = (
         "_answers", "_arrived", "_gamma_at", "_last", "_pace", "_rate", "down_since", "gamma", "lengths", "model",
-        "queue", "seconds_per_token", "shadow", "slots", "upstreams",
+        "queue", "seconds_per_token", "shadow", "slots", "stall", "upstreams",
     )  # fmt: skip
 
     def __init__(self, model: str, seconds_per_token: float, now: float) -> None:
@@ -145,6 +159,8 @@ class Pool:
         self.seconds_per_token = seconds_per_token
         self._pace = seconds_per_token
         self.gamma = 0.0
+        self.stall = Slope()
+        """Seconds that a continuation holds up every other slice of its engine."""
         self.shadow = Shadow()
         self.lengths = Lengths()
         self.down_since: float | None = now

@@ -169,6 +169,7 @@ class Scheduler:
         running = self._slices.pop(slice_id)
         job, upstream = running.job, running.upstream
         job.served += now - running.began
+        job.disturbed += upstream.continued - running.calm
         self._release(running)
         if job.state is _DONE:
             self.jobs.pop(job.spec.id, None)
@@ -432,11 +433,18 @@ class Scheduler:
             pace = self.room.pace(job)
             seam = min(max((now - running.sent) / pace - 1.0, 0.0), 200.0)
             self.room.seam_tokens += 0.05 * (seam - self.room.seam_tokens)
+        if job.slices > 1:
+            # Its own beginning disturbs the others, not itself.
+            upstream.continued += 1
+            running.calm += 1
         running.mark_at = now
         running.mark_tokens = job.attained + 1
+        running.mark_calm = upstream.continued
+        running.mark_full = upstream.full
         if upstream.info.overcommit:
             # It may have waited in the engine's queue: what came before the first token was a seam, not slot time.
             running.began = now - self.room.margin(job)
+            running.calm = upstream.continued
         if job.state is _RUNNING and self._elastic and job.spec.sliceable and job.preemptions == 0:
             upstream.offer(running, running.key)
             self._make_yield(self.room.yields_on(upstream, now))
@@ -502,10 +510,12 @@ class Scheduler:
         self._actions.append(Finish(job))
 
     def _shadow(self, job: Job) -> None:
-        """Tell first-come's shadow what the job turned out to need: its slot time without the seams our order cost."""
+        """Tell first-come's shadow what the job turned out to need: its slot time without the seams our order cost,
+        its own and, where a prompt holds up everybody's decoding, those of others beside it."""
         pool = self.pools[job.spec.model]
         seams = max(job.slices - 1, 0) * self.room.seam_tokens * pool.seconds_per_token
-        pool.shadow.over(job, max(job.served - seams, 0.0))
+        stalls = job.disturbed * pool.stall.value
+        pool.shadow.over(job, max(job.served - seams - stalls, 0.0))
 
     def _is_stranded(self, job: Job, now: float) -> bool:
         pool = self.pools[job.spec.model]
@@ -516,9 +526,18 @@ class Scheduler:
     def _measure(self, running: Running, attained: int, now: float) -> None:
         tokens = attained - running.mark_tokens
         if tokens >= 16 and now > running.mark_at:
-            self.pools[running.job.spec.model].paced((now - running.mark_at) / tokens)
+            pool = self.pools[running.job.spec.model]
+            pace = (now - running.mark_at) / tokens
+            pool.paced(pace)
+            continued, full = running.upstream.continued, running.upstream.full
+            if full and running.mark_full:
+                # A slot that was empty meanwhile would have made the pace faster, and continuations are begun when
+                # none is.
+                pool.stall.add((continued - running.mark_calm) / tokens, pace, tokens)
+            running.mark_full = full
             running.mark_at = now
             running.mark_tokens = attained
+            running.mark_calm = continued
 
     # ---- who yields -------------------------------------------------------------------------------------------
 

@@ -1,9 +1,10 @@
 """What plain first-come would have given on the same traffic: a queue that exists only on paper.
 
 A fluid model of the pool's slots: arrivals are replayed in order, each taking the slot that is free first, for the
-slot time it turned out to need (its seams taken out: first-come would not have cut it). A job can only be replayed
-when it and everybody before it is over; what lies before the first unfinished job is *settled*, and only settled jobs
-count. Two things follow from the figures: what the order has gained so far, and when a job is due.
+slot time it turned out to need (without what seams cost, its own and others': first-come would have cut nobody). A job
+can only be replayed when it and everybody before it is over; what lies before the first unfinished job is *settled*,
+and only settled jobs count. Two things follow from the figures: what the order has gained so far, and when a job is
+due.
 
 *Due times.* The promise ``tail: r`` is about the 99th percentile alone, so the due time is nearly the same for all: the
 job's arrival + 0.95 r x (the shadow's 99th percentile over a long memory) - the work it still needs. The 0.95 makes up

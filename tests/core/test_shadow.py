@@ -63,9 +63,11 @@ def traffic(seed: int, jobs: int, load: float, slots: int) -> list[SimJob]:
     return made
 
 
-def served(work: list[SimJob], policy: Policy, slots: int, **dials) -> tuple[list[float], Shadow]:
-    scheduler = Scheduler(SchedulerConfig(seconds_per_token=0.02, seam_cost=1.5, **dials), policy)
-    engine = Engine(EngineModel(slots=slots, decode=((1, 50.0),), seam_tokens=1.5))
+def served(
+    work: list[SimJob], policy: Policy, slots: int, model: EngineModel | None = None, **dials
+) -> tuple[list[float], Shadow]:
+    scheduler = Scheduler(SchedulerConfig(seconds_per_token=0.02, **{"seam_cost": 1.5, **dials}), policy)
+    engine = Engine(model or EngineModel(slots=slots, decode=((1, 50.0),), seam_tokens=1.5))
     guess = NoisyOracle({j.id: j.output_tokens for j in work}, 0.6, seed=1)
     records = simulate(work, scheduler, {"u": engine}, guess).records
     return sorted(r.jct for r in records), scheduler.pools["model"].shadow
@@ -77,6 +79,18 @@ def test_the_shadow_tells_what_a_first_come_run_gives(load):
     work = traffic(3, 3000, load, 4)
     real, _ = served(work, FCFS(), 4)
     _, shadow = served(work, ISRTF(), 4)
+    assert shadow.shadow_mean == pytest.approx(sum(real) / len(real), rel=0.03)
+    assert shadow.p99.value == pytest.approx(real[int(0.99 * len(real))], rel=0.10)
+
+
+@pytest.mark.parametrize("name", ["vllm-cpu", "llama-cpp"])
+def test_so_it_does_on_engines_that_a_prompt_stalls(name):
+    """There every seam holds up all slots, and the pace depends on how many are taken."""
+    model = EngineModel.load(name)
+    stretch = 50.0 / model.capacity
+    work = [j._replace(arrival=j.arrival * stretch, prompt_tokens=40) for j in traffic(3, 3000, 0.85, 1)]
+    real, _ = served(work, FCFS(), model.slots, model)
+    _, shadow = served(work, ISRTF(), model.slots, model, seam_cost=None)
     assert shadow.shadow_mean == pytest.approx(sum(real) / len(real), rel=0.03)
     assert shadow.p99.value == pytest.approx(real[int(0.99 * len(real))], rel=0.10)
 

@@ -60,14 +60,14 @@ async def test_a_call_that_breaks_is_a_failover_of_its_upstream() -> None:
 
 
 async def test_refusals_by_reason() -> None:
-    async with world(paced(500, slots=1), slots=1, scheduler={"queue": {"max_jobs": 1}}) as w:
+    async with world(paced(20, slots=1), slots=1, scheduler={"queue": {"max_jobs": 1}}) as w:
         asked: list[dict[str, object]] = [{**BODY, "model": "other"}, {**BODY, "max_tokens": -1}]
         for body in asked:
             async with w.post(COMPLETIONS, body) as response:
                 assert response.status >= 400
         async with w.post("/elsewhere", {}) as response:
             assert response.status == 404
-        asking = [spawn(w.ask(COMPLETIONS, {**BODY, "max_tokens": 40}), name="ask") for _ in range(2)]
+        asking = [spawn(w.ask(COMPLETIONS, BODY), name="ask") for _ in range(2)]
         await until(lambda: len(w.gateway.flights) == 2)
         found = await samples(w)
         assert found["elis_jobs_waiting"] == 1
@@ -75,7 +75,8 @@ async def test_refusals_by_reason() -> None:
         async with w.post(COMPLETIONS, BODY) as response:
             assert response.status == 429
         for task in asking:
-            await task
+            task.cancel()
+        await until(lambda: not w.gateway.flights)
         found = await samples(w)
         assert found["elis_longest_wait_seconds"] == 0
         refused = {name: value for name, value in found.items() if name.startswith("elis_refusals_total{")}

@@ -1,0 +1,127 @@
+"""Is the live gain true? The shadow's first-come figures against a real first-come run of the same traffic.
+
+    python -m benchmarks.live_gain run --seeds 3 --jobs 1200       appends to benchmarks/results/live-gain.jsonl
+    python -m benchmarks.live_gain report
+
+Per seed, two gateways run side by side, each in front of an embedded engine of its own and under the same requests
+(Azure's conversation lengths and arrivals): one serves first come, first served, the other by ISRTF. The second one's
+shadow must tell, once every job has ended, what the clients of the first one have measured: mean within 3 %, 99th
+percentile within 10 %. The first one's shadow, which has nothing to undo, is the noise floor.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import aiohttp
+import click
+import uvloop
+
+from benchmarks.capacity_live import Forced, embedded, gateway
+from elis_gateway.sim.engine import EngineModel
+from loadtest import runner
+from loadtest.workload import Seeds, Workload, azure
+
+RESULTS = Path(__file__).parent / "results" / "live-gain.jsonl"
+SLOTS = 4
+POLICIES = {"fcfs": {"policy": "fcfs"}, "isrtf": {"policy": "isrtf"}}
+MEAN, P99 = 0.03, 0.10
+"""What the shadow may be off."""
+
+
+def percentile(values: list[float], q: float) -> float:
+    """The ``q`` quantile, exact: the smallest value that so many are at most."""
+    return sorted(values)[min(int(q * len(values)), len(values) - 1)]
+
+
+def shadow(admin: str) -> dict[str, float]:
+    """What the gateway says: ``first_come mean`` and the like, and ``jobs``."""
+    text = urllib.request.urlopen(f"{admin}/metrics").read().decode()
+    rows = re.findall(r'^elis_order_jct_seconds\{.*order="(\w+)",stat="(\w+)"\} (\S+)$', text, re.MULTILINE)
+    (jobs,) = re.findall(r"^elis_order_jobs\{.*\} (\S+)$", text, re.MULTILINE)
+    return {f"{order} {stat}": float(value) for order, stat, value in rows} | {"jobs": float(jobs)}
+
+
+def serve(name: str, workload: Workload, model: str, speed: float) -> dict[str, Any]:
+    """One gateway under the whole workload: what its clients measured, and what its shadow says at the end."""
+    with TemporaryDirectory() as made:
+        folder = Path(made)
+        with (
+            embedded(folder, SLOTS, model, speed) as engine,
+            gateway(folder, name, engine, {}, POLICIES[name], "max_tokens") as (url, admin),
+        ):
+
+            async def ask() -> list[float]:
+                start = time.perf_counter() + 0.2
+                async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+                    target = Forced(engine, url, session, start=start, mark=name)
+                    done = await runner.run(workload, target, start=start, patience=3600)
+                if errors := [row.error for row in done.rows if row.error]:
+                    raise click.ClickException(f"{name}: {len(errors)} requests failed: {errors[0]}")
+                # From its sending, not from its intended time: what the gateway could know of.
+                return [row.jct - row.lag for row in done.rows]
+
+            jct = uvloop.run(ask())
+            time.sleep(0.5)
+            return {"mean": fmean(jct), "p99": percentile(jct, 0.99), "shadow": shadow(admin)}
+
+
+@click.group()
+def cli() -> None:
+    """The live gain against the truth."""
+
+
+@cli.command()
+@click.option("--seeds", default=3, show_default=True)
+@click.option("--first-seed", default=0, show_default=True)
+@click.option("--jobs", default=1200, show_default=True)
+@click.option("--load", default=0.9, show_default=True)
+@click.option("--model", default="vllm-cpu", show_default=True, help="Engine model.")
+@click.option("--speed", default=5.0, show_default=True)
+def run(seeds: int, first_seed: int, jobs: int, load: float, model: str, speed: float) -> None:
+    """Measure, and append one line per seed."""
+    capacity = EngineModel.load(model).rate(SLOTS) * SLOTS * speed
+    for seed in range(first_seed, first_seed + seeds):
+        workload = azure(jobs, load=load, capacity=capacity, seeds=Seeds.all(seed))
+        with ThreadPoolExecutor(len(POLICIES)) as threads:
+            served = {n: threads.submit(serve, n, workload, model, speed) for n in POLICIES}
+            row = {name: future.result() for name, future in served.items()}
+        about = {"date": time.strftime("%Y-%m-%d"), "seed": seed, "jobs": jobs, "load": load, "workload": workload.hash}
+        engine = {"model": model, "speed": speed, "slots": SLOTS}
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**about, "engine": engine, **row}) + "\n")
+        tell([json.loads(RESULTS.read_text().splitlines()[-1])])
+
+
+@cli.command()
+def report() -> None:
+    """What is stored, and whether it is good enough."""
+    tell([json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()])
+
+
+def tell(rows: list[dict[str, Any]]) -> None:
+    print("seed  jobs | first-come, as run | ISRTF's shadow of it | FCFS's own shadow | ISRTF as run")
+    print("           |   mean      p99    |   mean       p99     |  mean      p99    |  mean   p99")
+    for row in rows:
+        real, other = row["fcfs"], row["isrtf"]
+        off = [other["shadow"][f"first_come {stat}"] / real[stat] - 1.0 for stat in ("mean", "p99")]
+        floor = [real["shadow"][f"first_come {stat}"] / real[stat] - 1.0 for stat in ("mean", "p99")]
+        gain = [other[stat] / real[stat] for stat in ("mean", "p99")]
+        verdict = "good" if abs(off[0]) <= MEAN and abs(off[1]) <= P99 else "NOT GOOD ENOUGH"
+        print(
+            f"{row['seed']:4d} {row['jobs']:5d} | {real['mean']:6.2f} s {real['p99']:7.2f} s"
+            f" | {off[0]:+8.1%} {off[1]:+8.1%}  | {floor[0]:+7.1%} {floor[1]:+7.1%}  | {gain[0]:5.2f} {gain[1]:5.2f}"
+            f"  {verdict}"
+        )
+
+
+if __name__ == "__main__":
+    cli()
