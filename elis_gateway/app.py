@@ -11,6 +11,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from aiohttp import web
@@ -18,6 +19,7 @@ from aiohttp import web
 from elis_gateway import build
 from elis_gateway.admin import make_admin_app
 from elis_gateway.config import Config, ExternalPolicy
+from elis_gateway.config import Scheduler as SchedulerSection
 from elis_gateway.core.placement import UpstreamInfo
 from elis_gateway.core.scheduler import Scheduler
 from elis_gateway.dispatcher import Dispatcher
@@ -42,6 +44,9 @@ _HEADER_LIMIT = 64 * 1024
 _FLUSH = 2.0
 """Seconds that handlers get to write their last bytes once every job is over."""
 
+_ORDERING = ("policy", "aging", *build.WINDOWS)
+"""Keys of the scheduler's section that decide who goes next and for how long; they change while serving."""
+
 Reload = Callable[[], Config]
 
 
@@ -53,11 +58,12 @@ class Gateway:
         self._reload = reload
         self._loop = asyncio.get_running_loop()
         scheduler = config.scheduler
-        self._policy, self._aging = scheduler.policy, scheduler.aging
+        self._ordering = scheduler
+        """The scheduler's section in effect: policy, aging and windows can change while serving."""
         self.predictor = build.predictor(config.predictor)
         self.core = Scheduler(
             build.scheduler_config(scheduler, estimates=self.predictor is not None),
-            build.policy(self._policy, self._aging),
+            build.policy(scheduler.policy, scheduler.aging),
         )
         self.fleet = Fleet(config.upstreams, self._upstream_changed, overcommit=scheduler.overcommit)
         self.journal = Journal()
@@ -237,21 +243,23 @@ class Gateway:
         return self.metrics.render()
 
     def policy(self) -> dict[str, Any]:
-        """The policy in effect, as in the configuration."""
-        return {**self._policy.model_dump(mode="json"), "aging": self._aging.model_dump(mode="json")}
+        """The policy in effect, with its aging and its windows, as in the configuration."""
+        section = self._ordering.model_dump(mode="json")
+        return {**section["policy"], **{name: section[name] for name in ("aging", *build.WINDOWS)}}
 
     def set_policy(self, wanted: Any) -> None:
         """Order by another policy from now on. Raises ``ConfigError``."""
-        section, aging = build.parse_policy(wanted)
-        if isinstance(section, ExternalPolicy) and section != self.config.scheduler.policy:
+        wanted = build.parse_policy(wanted, self._ordering)
+        if isinstance(wanted.policy, ExternalPolicy) and wanted.policy != self.config.scheduler.policy:
             # Naming a class means calling it: whoever reaches this port could run anything.
             raise ConfigError("policy: a class of your own has to be named in the configuration file")
-        self._use_policy(section, self._aging if aging is None else aging)
+        self._use_policy(wanted)
 
-    def _use_policy(self, section: Any, aging: Any) -> None:
-        policy = build.policy(section, aging)
-        self._policy, self._aging = section, aging
-        self.dispatcher.set_policy(policy)
+    def _use_policy(self, section: SchedulerSection) -> None:
+        policy = build.policy(section.policy, section.aging)
+        windows = {name: getattr(section, name) for name in build.WINDOWS}
+        self._ordering = self._ordering.model_copy(update={"policy": section.policy, "aging": section.aging, **windows})
+        self.dispatcher.set_policy(policy, replace(self.core.config, **windows))
 
     def upstreams(self) -> list[dict[str, Any]]:
         """Every upstream."""
@@ -272,9 +280,10 @@ class Gateway:
         applied: list[str] = []
         old = self.config
         self._check(new)
-        if (new.scheduler.policy, new.scheduler.aging) != (self._policy, self._aging):
-            self._use_policy(new.scheduler.policy, new.scheduler.aging)
-            applied.append("scheduler.policy")
+        changed = [n for n in _ORDERING if getattr(new.scheduler, n) != getattr(self._ordering, n)]
+        if changed:
+            self._use_policy(new.scheduler)
+            applied += [f"scheduler.{name}" for name in changed]
         if new.models != old.models:
             self._intake.aliases = self._relay.aliases = dict(new.models)
             applied.append("models")
@@ -323,7 +332,7 @@ class Gateway:
 
 
 def _needs_restart(old: Config, new: Config) -> list[str]:
-    live = {"policy", "aging", "classes", "default_class"}
+    live = {*_ORDERING, "classes", "default_class"}
     sections = ("server", "admin", "predictor", "logging", "traffic_log")
     return [
         f"scheduler.{name}"

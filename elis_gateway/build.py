@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from elis_gateway import config
 from elis_gateway.core.policy import Aging, Policy, make_policy
@@ -16,10 +16,10 @@ from elis_gateway.errors import ConfigError
 from elis_gateway.predictor.base import Predictor
 from elis_gateway.predictor.make import make_predictor
 
-__all__ = ["parse_policy", "policy", "predictor", "scheduler_config"]
+__all__ = ["WINDOWS", "parse_policy", "policy", "predictor", "scheduler_config"]
 
-_POLICY: TypeAdapter[Any] = TypeAdapter(config.Policy)
-_AGING: TypeAdapter[Any] = TypeAdapter(config.Aging)
+WINDOWS = ("window", "mode", "rescore")
+"""Keys of the scheduler's section that say for how long somebody goes; they change while serving."""
 
 
 def policy(section: Any, aging: Any) -> Policy:
@@ -32,20 +32,22 @@ def policy(section: Any, aging: Any) -> Policy:
     return make_policy(section.kind, **options)
 
 
-def parse_policy(wanted: Any) -> tuple[Any, Any]:
-    """A policy section, and an aging section where there is one beside ``kind``, from JSON. Raises ``ConfigError``."""
+def parse_policy(wanted: Any, current: config.Scheduler) -> config.Scheduler:
+    """``current`` with another policy, from JSON: a name, or an object with ``kind`` and the policy's options; beside
+    them, where given, ``aging`` and the keys of ``WINDOWS``. Raises ``ConfigError``."""
     if isinstance(wanted, str):
         wanted = {"kind": wanted}
     if not isinstance(wanted, dict):
         raise ConfigError("policy: expected a name or an object with `kind`")
     given = dict(wanted)
-    aging = given.pop("aging", None)
+    beside = {name: given.pop(name) for name in ("aging", *WINDOWS) if given.get(name) is not None}
     try:
-        return _POLICY.validate_python(given), None if aging is None else _AGING.validate_python(aging)
+        section = config.Scheduler.model_validate({"policy": given, **beside})
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = ".".join(str(part) for part in first["loc"] if part != "policy")
         raise ConfigError(f"policy{'.' + place if place else ''}: {first['msg']}") from None
+    return current.model_copy(update={name: getattr(section, name) for name in ("policy", *beside)})
 
 
 def predictor(section: Any) -> Predictor | None:

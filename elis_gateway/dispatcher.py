@@ -18,7 +18,7 @@ from elis_gateway.core.actions import Abort, Action, AskEstimate, Finish, Preemp
 from elis_gateway.core.job import Estimate, Job, Outcome
 from elis_gateway.core.placement import UpstreamInfo
 from elis_gateway.core.policy import Policy
-from elis_gateway.core.scheduler import Scheduler
+from elis_gateway.core.scheduler import Scheduler, SchedulerConfig
 from elis_gateway.core.slice import Slice, SliceEnd, SliceResult
 from elis_gateway.errors import (
     GatewayError,
@@ -162,9 +162,9 @@ class Dispatcher:
         while tasks := [c.task for c in self._calls.values() if c.slice.upstream == upstream_id and c.task is not None]:
             await asyncio.wait(tasks)
 
-    def set_policy(self, policy: Policy) -> None:
-        """Order by ``policy`` from now on."""
-        self._perform(self.core.set_policy(policy, self._loop.time()))
+    def set_policy(self, policy: Policy, config: SchedulerConfig | None = None) -> None:
+        """Order by ``policy``, and by other dials where given, from now on."""
+        self._perform(self.core.set_policy(policy, self._loop.time(), config))
 
     @property
     def accepting(self) -> bool:

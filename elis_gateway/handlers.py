@@ -246,6 +246,17 @@ def describe(flight: Flight) -> str:
         "tokens": job.attained,
         "estimates": flight.estimates,
         "upstreams": [leg.upstream for leg in flight.legs],
+        "legs": [
+            [
+                leg.upstream,
+                round(leg.sent - job.arrival, 6),
+                None if leg.first_token is None else round(leg.first_token - job.arrival, 6),
+                round(leg.ended - job.arrival, 6),
+                leg.tokens,
+                leg.end,
+            ]
+            for leg in flight.legs
+        ],
     }
     return "elis " + orjson.dumps(facts).decode()
 

@@ -40,7 +40,7 @@ def replayed(n: int, rate: float, blocks: Sequence[Sequence[float]], rng: random
 
     Each block is scaled by its own mean: a trace's bursts are kept, its drift over the hours is not.
     """
-    gaps = [gap * len(block) / sum(block) for block in blocks for gap in block]
+    gaps = [gap * scale for block in blocks for scale in (len(block) / sum(block),) for gap in block]
     start = rng.randrange(len(gaps))
     return [gaps[(start + i) % len(gaps)] / rate for i in range(n)]
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,7 +17,7 @@ __all__ = ["cli"]
 
 @click.group()
 def cli() -> None:
-    """The same work under different policies: workloads and the demo."""
+    """The same work under different policies: workloads, runs, comparisons, the demo."""
 
 
 @cli.command()
@@ -28,6 +31,131 @@ def demo(real: bool, modelled: bool) -> None:
     except ModuleNotFoundError as error:
         raise MissingExtra("demo", "the demo") from error
     demonstration.run(Screen(), real=real, modelled=modelled)
+
+
+@cli.command()
+@click.option(
+    "--target", required=True, metavar="URL|sim[:MODEL]", help="A server, or the simulator with an engine model."
+)
+@work_options
+@click.option(
+    "--workload",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A frozen file from make-workload, instead of the options above.",
+)
+@click.option("--seeds", default=1, show_default=True, help="Workload seeds, from --seed on; the unit of comparison.")
+@click.option(
+    "--compare",
+    default="",
+    metavar="SETTING,...",
+    help="fcfs, round_robin, las, sjf, isrtf-published, isrtf, isrtf-no-aging, isrtf-tail, perfect; the first is what "
+    "the others are held against.",
+)
+@click.option("--aa/--no-aa", default=None, help="Run one setting twice as the noise floor.  [default: when comparing]")
+@click.option("--prediction-interval", default=50, show_default=True, help="Tokens of a window.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), help="Slots: of the simulated engine, or to measure a capacity."
+)
+@click.option(
+    "--slo", multiple=True, metavar="NAME=SECONDS", help="Objective for goodput: jct, ttft, tpot; repeatable."
+)
+@click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="Folder.  [default: runs/TIME]")
+@click.option("--model", help="Model to ask for.  [default: the server's first]")
+@click.option("--admin", metavar="URL", help="The gateway's admin listener.  [default: the target's host, port 8081]")
+@click.option("--closed", "users", type=click.IntRange(min=1), help="Closed loop of so many users; labelled as such.")
+@click.option("--timeout", default=600.0, show_default=True, help="Seconds after which a request counts as failed.")
+@click.option(
+    "--max-lag", default=0.05, show_default=True, help="Seconds of own lag (p99) above which a run is invalid."
+)
+@click.option("--header", "headers", multiple=True, metavar="NAME:VALUE", help="Sent with every request; repeatable.")
+@click.option("--api-key", envvar="OPENAI_API_KEY", help="Bearer token.  [env: OPENAI_API_KEY]")
+@click.option("--body", default="{}", metavar="JSON", help="Fields added to every request.")
+@click.option("--apps/--no-apps", default=True, show_default=True, help="Say which application a request belongs to.")
+@click.option(
+    "--predictor",
+    default="history",
+    show_default=True,
+    help="Simulated: history, history-cold, perfect, shuffled, noisy:0.6, none, constant:250, max_tokens, config:FILE.",
+)
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Simulated engines.")
+@click.option("--delay", default=0.0, show_default=True, help="Simulated seconds from gateway to engine, each way.")
+def run(
+    work: Work,
+    workload: Path | None,
+    compare: str,
+    aa: bool | None,
+    prediction_interval: int,
+    slo: tuple[str, ...],
+    timeout: float,
+    headers: tuple[str, ...],
+    api_key: str | None,
+    body: str,
+    **given: Any,
+) -> None:
+    """Offer the same work under one or several settings, and say what differs.
+
+    \b
+    elis-gateway loadtest run --target sim:vllm-cpu --load 0.95 --seeds 10 --compare fcfs,sjf,isrtf,perfect
+    elis-gateway loadtest run --target http://localhost:8080 --load 0.9 --batch-size 32 --compare fcfs,isrtf --seeds 5
+
+    The exit status is 1 where a run is incomplete or invalid. Ctrl-C keeps what is done.
+    """
+    try:
+        from loadtest import run as running
+        from loadtest.live import Screen
+    except ModuleNotFoundError as error:
+        raise MissingExtra("loadtest", "loadtest run") from error
+    options = running.Options(
+        workload=workload,
+        settings=tuple(name.strip() for name in compare.split(",") if name.strip()),
+        again=aa,
+        window=prediction_interval,
+        objectives=_objectives(slo),
+        patience=timeout,
+        headers=_headers(headers, api_key),
+        body=_fields(body),
+        **given,
+    )
+    _, experiment = running.execute(options, work, Screen())
+    if not experiment.valid:
+        sys.exit(1)
+
+
+def _objectives(given: tuple[str, ...]) -> Any:
+    from loadtest.figures import Objectives
+
+    found = {}
+    for text in given:
+        name, _, seconds = text.partition("=")
+        try:
+            found[name] = float(seconds)
+        except ValueError:
+            raise click.BadParameter(f"expected NAME=SECONDS, got {text!r}", param_hint="--slo") from None
+        if name not in ("jct", "ttft", "tpot") or not found[name] > 0:
+            raise click.BadParameter(
+                f"expected jct, ttft or tpot and seconds above 0, got {text!r}", param_hint="--slo"
+            )
+    return Objectives(**found)
+
+
+def _headers(given: tuple[str, ...], api_key: str | None) -> dict[str, str]:
+    found = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    for text in given:
+        name, colon, value = text.partition(":")
+        if not colon or not name.strip():
+            raise click.BadParameter(f"expected NAME:VALUE, got {text!r}", param_hint="--header")
+        found[name.strip()] = value.strip()
+    return found
+
+
+def _fields(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise click.BadParameter(f"not JSON: {error}", param_hint="--body") from None
+    if not isinstance(found, dict):
+        raise click.BadParameter("expected a JSON object", param_hint="--body")
+    return found
 
 
 @cli.command("make-workload")

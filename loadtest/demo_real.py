@@ -34,6 +34,7 @@ from elis_gateway.predictor.history import History
 from elis_gateway.tasks import spawn
 from elis_gateway.wire.sse import EventDecoder
 from loadtest import runner
+from loadtest.client import Client
 from loadtest.engines import Child, free_port, llama, wait_ready
 from loadtest.live import Screen, figure
 from loadtest.records import Row, Run
@@ -271,13 +272,19 @@ async def burst(gateway: Gateway, session: aiohttp.ClientSession, policy: str, w
     async with session.put(f"{gateway.admin}/admin/policy", json={"kind": policy}) as reply:
         _check(reply, await reply.text())
     start = time.perf_counter()
-    target = HttpTarget(gateway.url, gateway.model, session, start=start, body=GREEDY, debug=True)
+    async with Client(gateway.url) as client:
+        return await _burst(
+            HttpTarget(client, gateway.model, start=start, body=GREEDY, debug=True), policy, work, screen
+        )
+
+
+async def _burst(target: HttpTarget, policy: str, work: Workload, screen: Screen) -> Run:
     with screen.progress(f"{policy:6s}", len(work.requests)) as step:
 
         def ended(request: Request, row: Row) -> None:
             step()
 
-        return await runner.run(work, target, start=start, name=policy, on_end=ended)
+        return await runner.run(work, target, start=target.start, name=policy, on_end=ended)
 
 
 async def show(screen: Screen, folder: Path) -> list[Run]:

@@ -13,7 +13,7 @@ import json
 import random
 import zlib
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class Workload:
     requests: tuple[Request, ...]
     about: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """Names the work: equal hashes, equal requests at equal times."""
         body = json.dumps([asdict(request) for request in self.requests], sort_keys=True, ensure_ascii=False)
@@ -144,6 +144,18 @@ def trace() -> tuple[tuple[tuple[float, ...], ...], tuple[int, ...]]:
     return tuple(map(tuple, blocks.values())), tuple(lengths)
 
 
+@cache
+def _matched(longest: int, nearest: int) -> tuple[list[Answered], list[int], dict[int, list[int]], float]:
+    """Answers of the pool and lengths of the trace up to ``longest``, which answers are near each length, and the mean
+    length that comes of it."""
+    answers = [answered for answered in pool() if answered.tokens <= longest]
+    sizes = [answered.tokens for answered in answers]
+    lengths = [length for length in trace()[1] if length <= longest]
+    nearby = {length: around(sizes, length, nearest) for length in set(lengths)}
+    mean = sum(sum(sizes[i] for i in nearby[x]) / len(nearby[x]) for x in lengths) / len(lengths)
+    return answers, lengths, nearby, mean
+
+
 def azure(n: int, *, load: float, capacity: float, seeds: Seeds, longest: int = CAP, nearest: int = 5) -> Workload:
     """``n`` requests with the arrivals and answer lengths of Azure's conversation trace, and texts of the pool.
 
@@ -152,12 +164,8 @@ def azure(n: int, *, load: float, capacity: float, seeds: Seeds, longest: int = 
     out, so that a slow real engine can be done in time. Each request takes one of the ``nearest`` answers of the pool
     around the drawn length.
     """
-    blocks, lengths = trace()
-    answers = [answered for answered in pool() if answered.tokens <= longest]
-    sizes = [answered.tokens for answered in answers]
-    lengths = tuple(length for length in lengths if length <= longest)
-    nearby = {length: around(sizes, length, nearest) for length in set(lengths)}
-    mean = sum(sum(sizes[i] for i in nearby[x]) / len(nearby[x]) for x in lengths) / len(lengths)
+    blocks, _ = trace()
+    answers, lengths, nearby, mean = _matched(longest, nearest)
     gaps = arrivals.replayed(n, load * capacity / mean, blocks, random.Random(f"arrivals {seeds.arrivals}"))
     draw_length, draw_prompt = random.Random(f"lengths {seeds.lengths}"), random.Random(f"prompts {seeds.prompts}")
     requests = []

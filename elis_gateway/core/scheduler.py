@@ -246,8 +246,13 @@ class Scheduler:
         del self.upstreams[upstream_id]
         return actions
 
-    def set_policy(self, policy: Policy, now: float) -> list[Action]:
-        """Order by another policy from now on; everything waiting gets a new key. Calls in flight keep their limits."""
+    def set_policy(self, policy: Policy, now: float, config: SchedulerConfig | None = None) -> list[Action]:
+        """Order by another policy from now on; everything waiting gets a new key. Calls in flight keep their limits.
+
+        ``config``: other dials, too. Limits that alarms were set for hold for jobs that come from now on.
+        """
+        if config is not None:
+            self.config = config
         self._use(policy)
         queues = [p.queue for p in self.pools.values()] + [u.queue for u in self.upstreams.values()]
         for queue in queues:

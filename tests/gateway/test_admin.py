@@ -93,7 +93,22 @@ async def test_the_policy_can_be_changed_while_jobs_wait() -> None:
             await task
 
 
-@pytest.mark.parametrize("wanted", [b"{", b"3", b'"fastest"', b'{"kind": "sjf", "odrer": "mean"}'])
+async def test_the_windows_can_be_changed_while_serving() -> None:
+    async with world(predictor={"kind": "max_tokens"}) as w:
+        assert {**(await _get(w, "/admin/policy")), "aging": 0}["mode"] == "elastic"
+        wanted = {"kind": "isrtf", "order": "mean", "mode": "fixed", "rescore": "always", "window": 4, "aging": "none"}
+        async with w.session.put(w.admin + "/admin/policy", json=wanted) as response:
+            assert response.status == 200
+            assert orjson.loads(await response.read()) == {**wanted, "aging": {"kind": "none"}}
+        await w.check(COMPLETIONS, {**BODY, "max_tokens": 12, "ignore_eos": True})
+        (job,) = w.gateway.journal.recent(1)
+        assert len(job["slices"]) >= 3
+        assert max(leg["tokens"] for leg in job["slices"]) <= 4
+
+
+@pytest.mark.parametrize(
+    "wanted", [b"{", b'{"kind": "sjf", "mode": "slow"}', b"3", b'"fastest"', b'{"kind": "sjf", "odrer": "mean"}']
+)
 async def test_a_policy_that_makes_no_sense_changes_nothing(wanted: bytes) -> None:
     async with world() as w:
         async with w.session.put(w.admin + "/admin/policy", data=wanted) as response:

@@ -6,7 +6,6 @@ import asyncio
 import time
 from dataclasses import replace
 
-import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -14,6 +13,7 @@ from aiohttp.test_utils import TestServer
 from elis_gateway.predictor.baselines import NoisyOracle
 from elis_gateway.sim.engine import EngineModel
 from loadtest import runner
+from loadtest.client import Client
 from loadtest.records import Row
 from loadtest.settings import SETTINGS, setting
 from loadtest.stats import summarise
@@ -50,12 +50,11 @@ async def replay(stub: Stub, requests: list[Request]) -> tuple[list[Row], list[s
     app = web.Application()
     app.router.add_post("/v1/chat/completions", stub.chat)
     texts: list[str] = []
-    async with TestServer(app) as server, aiohttp.ClientSession() as session:
+    async with TestServer(app) as server, Client(str(server.make_url("/v1"))) as client:
         start = time.perf_counter()
         target = HttpTarget(
-            str(server.make_url("/v1")),
+            client,
             "m",
-            session,
             start=start,
             body={"temperature": 0},
             on_text=lambda _, text: texts.append(text),
