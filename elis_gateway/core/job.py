@@ -6,7 +6,10 @@ Knows: JobSpec, Job, JobState, Outcome, the transition table. Never: wire format
 from __future__ import annotations
 
 from enum import Enum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from elis_gateway.core.placement import Pool, Upstream
 
 __all__ = ["Estimate", "Job", "JobSpec", "JobState", "Outcome"]
 
@@ -75,13 +78,15 @@ class Job:
 
     __slots__ = (
         "arrival", "attained", "avoid", "cause", "disturbed", "due", "entry", "estimate", "estimate_at", "failures",
-        "finished", "first_run", "first_token", "home", "outcome", "preemptions", "ready_since", "served", "slice",
-        "slices", "spec", "state", "waited",
+        "finished", "first_run", "first_token", "held", "home", "outcome", "pool", "preemptions", "ready_since",
+        "served", "slice", "slices", "spec", "state", "waited",
     )  # fmt: skip
 
-    def __init__(self, spec: JobSpec, arrival: float) -> None:
+    def __init__(self, spec: JobSpec, arrival: float, pool: Pool | None = None) -> None:
         self.spec = spec
         self.arrival = arrival
+        self.pool: Pool = pool  # type: ignore[assignment]
+        """The upstreams that serve its model; every job of a scheduler has one."""
         self.state = JobState.ESTIMATING
         self.attained = 0
         """Answer tokens that arrived and were kept."""
@@ -92,6 +97,8 @@ class Job:
         """The upstream whose prefix cache is warm for this job."""
         self.avoid: str | None = None
         """The upstream that failed it last; left alone while another is up."""
+        self.held: Upstream | None = None
+        """Where a slot is kept free until its fresh estimate has come."""
         self.slice: int | None = None
         """Id of the slice in flight."""
         self.slices = 0

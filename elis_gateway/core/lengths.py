@@ -5,6 +5,7 @@ Knows: two decaying statistics. Never: single jobs, applications (that is the pr
 
 from __future__ import annotations
 
+from bisect import insort
 from math import exp, log2
 
 __all__ = ["Lengths", "Quantile", "Slope", "solve_gamma"]
@@ -58,11 +59,6 @@ class Lengths:
         """``(tokens, probability)`` of every bin that has samples."""
         return [(c, n / self.total) for c, n in zip(_CENTRES, self._counts, strict=True) if n > 0.0]
 
-    @property
-    def mean(self) -> float:
-        """Mean answer in tokens; 0.0 before the first."""
-        return sum(c * p for c, p in self.shares())
-
 
 def solve_gamma(arrival_rate: float, shares: list[tuple[float, float]], seconds_per_token: float) -> float:
     """The decay rate of first-come's response tail: the positive root of γ = λ(E[exp(γS)] - 1), in 1/s.
@@ -90,11 +86,9 @@ def solve_gamma(arrival_rate: float, shares: list[tuple[float, float]], seconds_
 class Slope:
     """By how much y grows with x, in y = a + b x with noise: least squares over the recent past, in five sums."""
 
-    __slots__ = ("_n", "_x", "_xx", "_xy", "_y", "value")
+    __slots__ = ("_n", "_x", "_xx", "_xy", "_y")
 
     def __init__(self) -> None:
-        self.value = 0.0
-        """b, at least 0; 0.0 until there is enough to tell."""
         self._n = self._x = self._y = self._xx = self._xy = 0.0
 
     def add(self, x: float, y: float, weight: float) -> None:
@@ -105,9 +99,12 @@ class Slope:
         self._y = self._y * keep + weight * y
         self._xx = self._xx * keep + weight * x * x
         self._xy = self._xy * keep + weight * x * y
+
+    @property
+    def value(self) -> float:
+        """b, at least 0; 0.0 until there is enough to tell."""
         spread = self._xx * self._n - self._x * self._x
-        if spread > 1e-12:
-            self.value = max((self._xy * self._n - self._x * self._y) / spread, 0.0)
+        return max((self._xy * self._n - self._x * self._y) / spread, 0.0) if spread > 1e-12 else 0.0
 
 
 _STEP = 1.02
@@ -117,7 +114,7 @@ _LOG_STEP = log2(_STEP)
 class Quantile:
     """A decaying quantile of positive numbers (times in seconds), within 1 %; constant memory, cheap to read."""
 
-    __slots__ = ("_counts", "_decay", "_total", "_weight", "count", "q", "value")
+    __slots__ = ("_bins", "_counts", "_decay", "_total", "_weight", "count", "q", "value")
 
     def __init__(self, q: float, *, memory: float = 20_000.0) -> None:
         """``memory``: samples after which a sample's weight has fallen to 1/e."""
@@ -126,13 +123,19 @@ class Quantile:
         self.value = 0.0
         """The quantile; 0.0 before the first sample."""
         self._counts: dict[int, float] = {}
+        self._bins: list[int] = []
+        """The keys of the counts, sorted."""
         self._decay = exp(1.0 / memory)
         self._weight = 1.0
         self._total = 0.0
 
     def add(self, x: float) -> None:
         at = round(log2(x if x > 1e-3 else 1e-3) / _LOG_STEP)
-        self._counts[at] = self._counts.get(at, 0.0) + self._weight
+        count = self._counts.get(at)
+        if count is None:
+            insort(self._bins, at)
+            count = 0.0
+        self._counts[at] = count + self._weight
         self._total += self._weight
         self.count += 1
         self._weight *= self._decay
@@ -145,8 +148,9 @@ class Quantile:
 
     def _read(self) -> None:
         left = (1.0 - self.q) * self._total
-        for at in sorted(self._counts, reverse=True):
-            left -= self._counts[at]
+        counts = self._counts
+        for at in reversed(self._bins):
+            left -= counts[at]
             if left <= 0.0:
                 self.value = _STEP**at
                 return

@@ -56,6 +56,7 @@ class Running:
         self.key = key
         """The job's policy key, recomputed as it runs; decides who yields."""
         self.version = 0
+        """Counts the offers of ``Upstream.offer``; negative once nothing is to be offered any more."""
         self.sent = now
         self.began = now
         """When it took a slot, as far as that can be seen."""
@@ -74,10 +75,12 @@ class Running:
 class Upstream:
     """One upstream's slots, its slices in flight, and the jobs whose prefix it has cached."""
 
-    __slots__ = ("_victims", "closing", "continued", "ending", "held", "info", "pools", "queue", "running", "unstarted")
+    __slots__ = ("_victims", "closing", "continued", "ending", "free", "info", "pools", "queue", "running", "unstarted")
 
     def __init__(self, info: UpstreamInfo) -> None:
         self.info = info
+        self.free = _calls(info)
+        """Calls that may still be sent; a slot held for an estimate is not free. Not positive while it is down."""
         self.running: dict[int, Running] = {}
         self.queue = ReadyQueue()
         """Jobs whose prefix it has cached."""
@@ -87,19 +90,36 @@ class Upstream:
         """Started slices that were told to end."""
         self.ending = 0
         """All slices that were told to end, those still in the engine's queue too."""
-        self.held = 0
-        """Slots kept free until the fresh estimate of the job that left them has come."""
         self.unstarted: dict[int, Running] = {}
         """Slices sent whose first token has not come: in prefill, or in the engine's own queue."""
         self.continued = 0
         """Continuations that have begun here, ever."""
         self._victims: list[tuple[int, float, int, int, Running]] = []
 
-    @property
-    def free(self) -> int:
-        """Calls that may still be sent; a held slot is not free."""
-        info = self.info
-        return info.slots + info.overcommit - len(self.running) - self.held if info.slots else 0
+    def serves(self, model: str) -> bool:
+        """Is it up, and may jobs of ``model`` run here?"""
+        return self.info.slots > 0 and model in self.info.models
+
+    def become(self, info: UpstreamInfo) -> None:
+        """The upstream went up or down, or changed what it serves."""
+        self.free += _calls(info) - _calls(self.info)
+        self.info = info
+
+    def started(self, running: Running) -> None:
+        """A slice was sent here."""
+        self.free -= 1
+        self.running[running.slice.id] = self.unstarted[running.slice.id] = running
+
+    def ended(self, running: Running) -> None:
+        """A slice is over."""
+        self.free += 1
+        running.version = -1
+        slice_id = running.slice.id
+        del self.running[slice_id]
+        unstarted = self.unstarted.pop(slice_id, None) is not None
+        if running.ending:
+            self.ending -= 1
+            self.closing -= not unstarted
 
     @property
     def full(self) -> bool:
@@ -110,28 +130,35 @@ class Upstream:
     def load(self) -> float:
         return len(self.running) / self.info.slots if self.info.slots else float("inf")
 
+    def told_to_end(self, running: Running) -> None:
+        """The slice was told to end; its slot frees when its end is reported."""
+        running.ending = True
+        running.version = -1
+        self.ending += 1
+        if running.started:
+            self.closing += 1
+
     def offer(self, running: Running, key: float) -> None:
         """``running`` may be made to yield, at ``key``; replaces what was offered before."""
         running.key = key
-        running.version += 1
-        heappush(self._victims, (-running.job.spec.rank, -key, -running.slice.id, running.version, running))
-        if len(self._victims) > 64 and len(self._victims) > 4 * len(self.running):
-            self._victims = [v for v in self._victims if self._is_live(v)]
-            self._victims.sort()
+        running.version = version = running.version + 1
+        victims = self._victims
+        heappush(victims, (-running.job.spec.rank, -key, -running.slice.id, version, running))
+        if len(victims) > 64 and len(victims) > 4 * len(self.running):
+            victims[:] = [v for v in victims if v[4].version == v[3]]
+            victims.sort()
 
     def victim(self, now: float) -> Running | None:
         """The slice whose job has the worst key; overdue jobs are never made to yield."""
         heap = self._victims
         while heap:
-            running = heap[0][4]
-            if self._is_live(heap[0]) and (running.job.due is None or running.job.due > now):
-                return running
+            _, _, _, version, running = heap[0]
+            if running.version == version:
+                due = running.job.due
+                if due is None or due > now:
+                    return running
             heappop(heap)
         return None
-
-    def _is_live(self, entry: tuple[int, float, int, int, Running]) -> bool:
-        running = entry[4]
-        return running.version == entry[3] and not running.ending and running.slice.id in self.running
 
     def queued_calls(self) -> list[Running]:
         """Calls waiting in the engine's own queue, the one it starts next first."""
@@ -140,6 +167,11 @@ class Upstream:
         if self.info.orders:
             waiting.sort(key=lambda r: (r.slice.priority, r.slice.id))
         return waiting[max(self.info.slots - started, 0) :]
+
+
+def _calls(info: UpstreamInfo) -> int:
+    """Calls that may be in flight."""
+    return info.slots + info.overcommit if info.slots else 0
 
 
 class Pool:

@@ -10,6 +10,7 @@ its wait.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from elis_gateway.core.job import Job
 from elis_gateway.core.placement import Pool, Running, Upstream
@@ -42,17 +43,22 @@ class WaitingRoom:
             pool = self.pools[model] = Pool(model, self._seconds_per_token, now)
         return pool
 
-    def pace(self, job: Job) -> float:
-        """Seconds per token of the job's pool."""
-        return self.pools[job.spec.model].seconds_per_token
-
     def margin(self, job: Job) -> float:
         """The seam in seconds: by how much a waiting job's key must be better before ``job`` yields."""
-        return self.seam_tokens * self.pace(job)
+        return self.seam_tokens * job.pool.seconds_per_token
+
+    def seam_took(self, seconds: float, pool: Pool) -> None:
+        """The first token of a continuation came so late: what preempting this job has cost."""
+        seam = seconds / pool.seconds_per_token - 1.0
+        if seam < 0.0:
+            seam = 0.0
+        elif seam > 200.0:
+            seam = 200.0
+        self.seam_tokens += 0.05 * (seam - self.seam_tokens)
 
     def queue_of(self, job: Job) -> ReadyQueue:
         """Where ``job`` waits, or would."""
-        return self.upstreams[job.home].queue if job.home is not None else self.pools[job.spec.model].queue
+        return self.upstreams[job.home].queue if job.home is not None else job.pool.queue
 
     def count(self) -> int:
         """Jobs in all queues."""
@@ -60,10 +66,10 @@ class WaitingRoom:
 
     # ---- stickiness -------------------------------------------------------------------------------------------
 
-    def is_warm(self, upstream_id: str, model: str) -> bool:
-        """Is the upstream there, up, and still serving ``model``?"""
-        upstream = self.upstreams.get(upstream_id)
-        return upstream is not None and upstream.info.slots > 0 and model in upstream.info.models
+    def home(self, job: Job) -> Upstream | None:
+        """The upstream that keeps ``job`` warm, where it is there, up, and still serving the job's model."""
+        upstream = self.upstreams.get(job.home) if job.home is not None else None
+        return upstream if upstream is not None and upstream.serves(job.spec.model) else None
 
     def remember(self, job: Job) -> None:
         """The next turn of this conversation will find its prefix where ``job`` ran last."""
@@ -78,13 +84,14 @@ class WaitingRoom:
         """The upstream that served this conversation last, where it can serve it again."""
         key = job.spec.conversation
         home = self._conversations.get(key) if key is not None else None
-        return home if home is not None and self.is_warm(home, job.spec.model) else None
+        upstream = self.upstreams.get(home) if home is not None else None
+        return home if upstream is not None and upstream.serves(job.spec.model) else None
 
     def free_upstream(self, job: Job, pool: Pool, window: int | None) -> Upstream | None:
         """The slot a job that just became READY may take at once: its warm home, else the least loaded that pays."""
         best: Upstream | None = None
         for upstream in pool.upstreams:
-            if upstream.free <= 0 or self.shuns(job, upstream):
+            if upstream.free <= 0 or (job.avoid is not None and self.shuns(job, upstream)):
                 continue
             if upstream.info.id == job.home:
                 return upstream
@@ -98,7 +105,7 @@ class WaitingRoom:
         """Did ``upstream`` just fail ``job`` while another is up? A broken replica is always the least loaded."""
         if job.avoid != upstream.info.id:
             return False
-        return any(other is not upstream and other.info.slots for other in self.pools[job.spec.model].upstreams)
+        return any(other is not upstream and other.info.slots for other in job.pool.upstreams)
 
     def move_pays(self, job: Job, window: int | None) -> bool:
         """Is prefilling ``job`` on a cold replica cheaper than the wait for a slot at its warm home?
@@ -108,10 +115,10 @@ class WaitingRoom:
         home = self.upstreams[job.home]  # type: ignore[index]
         prefill = (job.spec.prompt_tokens + job.attained) / self._prefill
         left = min((self._left(r.job, window) for r in home.running.values()), default=0.0)
-        return prefill < left * self.pace(job)
+        return prefill < left * job.pool.seconds_per_token
 
     def _left(self, job: Job, window: int | None) -> float:
-        left = remaining_tokens(job, self.pools[job.spec.model])
+        left = remaining_tokens(job, job.pool)
         return left if window is None else min(left, float(window))
 
     # ---- who goes next ----------------------------------------------------------------------------------------
@@ -132,8 +139,6 @@ class WaitingRoom:
 
     def nth_for(self, upstream: Upstream, n: int, now: float) -> Head | None:
         """The job that should have the ``n``-th next slot of ``upstream``."""
-        if n == 1:
-            return self.best_for(upstream, now)
         heads = upstream.queue.best(n, now)
         for pool in upstream.pools:
             heads += pool.queue.best(n, now)
@@ -155,10 +160,12 @@ class WaitingRoom:
 
     # ---- who yields -------------------------------------------------------------------------------------------
 
-    def yields_to(self, job: Job, pool: Pool, now: float) -> list[Running]:
+    def yields_to(self, job: Job, pool: Pool, now: float) -> Sequence[Running]:
         """``job`` waits and nothing is free: who should end for it?"""
         if job.home is not None:
             return self.yields_on(self.upstreams[job.home], now)
+        if len(pool.upstreams) == 1:
+            return self.yields_on(pool.upstreams[0], now)
         worst: Upstream | None = None
         worst_key: tuple[int, float] | None = None
         for upstream in pool.upstreams:
@@ -170,20 +177,27 @@ class WaitingRoom:
                 worst, worst_key = upstream, key
         if worst is None and pool.upstreams:
             worst = max(pool.upstreams, key=lambda u: len(u.unstarted))
-        return self.yields_on(worst, now) if worst is not None else []
+        return self.yields_on(worst, now) if worst is not None else ()
 
-    def yields_on(self, upstream: Upstream, now: float) -> list[Running]:
+    def yields_on(self, upstream: Upstream, now: float) -> Sequence[Running]:
         """Compare who waits for ``upstream`` with who runs there: the slices that should end, at most one of a kind."""
         if upstream.info.overcommit:
             queued = upstream.queued_calls()
             if queued:
                 return self._yields_queued(upstream, queued, now)
+        if upstream.free > 0 or (head := self.best_for(upstream, now)) is None:
+            return ()
         victim = upstream.victim(now)
-        if victim is None or upstream.free > 0:
-            return []
-        # Slots about to free are spoken for by the best who wait; the next one needs a victim of its own.
-        head = self.nth_for(upstream, upstream.ending + 1, now)
-        return [victim] if head is not None and self._deserves(head, victim) else []
+        if victim is None or (head.late and not self._is_ahead(head, victim)):
+            # Whoever comes after the first is not ahead either; behind an overdue job somebody may be.
+            return ()
+        if upstream.ending:
+            # Slots about to free are spoken for by the best who wait; the next one needs a victim of its own.
+            nth = self.nth_for(upstream, upstream.ending + 1, now)
+            if nth is None:
+                return ()
+            head = nth
+        return (victim,) if self._deserves(head, victim) else ()
 
     def _yields_queued(self, upstream: Upstream, queued: list[Running], now: float) -> list[Running]:
         """The engine keeps a queue: first the right calls must be in it, then the best of them may need a slot."""
@@ -200,16 +214,21 @@ class WaitingRoom:
                 found.append(victim)
         return found
 
-    def _deserves(self, head: Head, victim: Running) -> bool:
+    def _is_ahead(self, head: Head, victim: Running) -> bool:
         """Is the waiting job's key better than ``victim``'s by more than the seam costs? A higher class always is."""
-        rank = victim.job.spec.rank
+        job = victim.job
+        rank = job.spec.rank
         if head.rank != rank:
             return head.rank < rank
         # An overdue job is next for a slot, but evicts nobody: its key here is a due time.
-        margin = self.margin(victim.job)
-        if head.late != 1 or head.key + margin >= victim.key:
+        return head.late == 1 and head.key + self.seam_tokens * job.pool.seconds_per_token < victim.key
+
+    def _deserves(self, head: Head, victim: Running) -> bool:
+        """Is it ahead by today's pace and gamma, too? The victim's key was made at those, the waiting job's when it
+        came: on an engine that has become slower since, the victim would look longer than it is."""
+        if not self._is_ahead(head, victim):
             return False
-        # The victim's key was made at today's pace and gamma, the waiting job's when it came: on an engine that has
-        # become slower since, the victim would look longer than it is.
         job = head.job
-        return self.policy.key(job, self.pools[job.spec.model], job.ready_since) + margin < victim.key
+        if head.rank != victim.job.spec.rank:
+            return True
+        return self.policy.key(job, job.pool, job.ready_since) + self.margin(victim.job) < victim.key
