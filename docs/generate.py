@@ -172,6 +172,9 @@ def yaml_block(name: str, field: FieldInfo, depth: int) -> str:
     annotation = field.annotation
     gap = "\n" if depth == 0 else ""
     if get_origin(annotation) is tuple and (model := section(get_args(annotation)[0])):
+        if not field.is_required():
+            keys = ", ".join(model.model_fields)
+            return f"{gap}{comment(f'{field.description} Each has: {keys}.', pad)}{pad}{name}: []\n"
         items = yaml_keys(model, depth + 2)
         return f"{gap}{comment(field.description, pad)}{pad}{name}:\n{pad}  -{items[len(pad) + 3 :]}"
     if (model := section(annotation)) is not None:

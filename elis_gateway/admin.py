@@ -10,11 +10,11 @@ import hashlib
 from collections.abc import Awaitable, Callable, Mapping
 from importlib.resources import files
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 import orjson
 from aiohttp import web
 
+from elis_gateway.admin_guard import errors_as_json, guard
 from elis_gateway.errors import ConfigError
 from elis_gateway.flight import Flight
 from elis_gateway.journal import Journal, story
@@ -52,6 +52,13 @@ class AdminDesk(Protocol):
 
     def look(self) -> dict[str, Any]:
         """What goes on right now, for the page."""
+
+    def client_keys(self) -> list[dict[str, Any]]:
+        """Clients' keys by name, and what they use."""
+
+    @property
+    def key_hash(self) -> str | None:
+        """Hash of the key that every request must bring; None: none is asked for."""
 
 
 def make_admin_app(desk: AdminDesk) -> web.Application:
@@ -102,7 +109,10 @@ def make_admin_app(desk: AdminDesk) -> web.Application:
     async def ui(request: web.Request) -> web.Response:
         return web.Response(body=page, headers=page_headers)
 
-    app = web.Application(middlewares=[_from_here])
+    async def keys(request: web.Request) -> web.Response:
+        return _json({"keys": desk.client_keys()})
+
+    app = web.Application(middlewares=[errors_as_json, guard(lambda: desk.key_hash)])
     app.router.add_get("/", to_ui)
     app.router.add_get("/ui", ui)
     app.router.add_get("/admin/live", live)
@@ -113,19 +123,8 @@ def make_admin_app(desk: AdminDesk) -> web.Application:
     app.router.add_get("/admin/jobs/{id}", job)
     app.router.add_post("/admin/reload", reload)
     app.router.add_get("/admin/upstreams", upstreams)
+    app.router.add_get("/admin/keys", keys)
     return app
-
-
-@web.middleware
-async def _from_here(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    """Nothing is changed because some other site's page, open in an operator's browser, asks for it."""
-    if request.method not in ("GET", "HEAD", "OPTIONS"):
-        origin = request.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc != request.host:
-            return _json({"error": f"a page of {origin} may not change anything here"}, status=403)
-    return await handler(request)
 
 
 def _page() -> tuple[bytes, dict[str, str]]:

@@ -9,6 +9,7 @@ import asyncio
 import gc
 import logging
 import signal
+import ssl
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -17,6 +18,8 @@ from typing import Any
 from aiohttp import web
 
 from elis_gateway import build
+from elis_gateway import config as config_module
+from elis_gateway.access import Door
 from elis_gateway.admin import make_admin_app
 from elis_gateway.config import Config, ExternalPolicy
 from elis_gateway.config import Scheduler as SchedulerSection
@@ -29,6 +32,7 @@ from elis_gateway.handlers import Handlers, describe
 from elis_gateway.intake import Intake
 from elis_gateway.journal import Journal
 from elis_gateway.lag import LagMeter
+from elis_gateway.listener import Listener, Request
 from elis_gateway.live import Live
 from elis_gateway.metrics import Metrics
 from elis_gateway.tasks import spawn
@@ -40,12 +44,13 @@ from elis_gateway.upstream.relay import Relay
 __all__ = ["Gateway", "serve"]
 
 _log = logging.getLogger("elis_gateway")
-_HEADER_LIMIT = 64 * 1024
 _FLUSH = 2.0
 """Seconds that handlers get to write their last bytes once every job is over."""
 
 _ORDERING = ("policy", "aging", *build.WINDOWS)
 """Keys of the scheduler's section that decide who goes next and for how long; they change while serving."""
+_LINGER = 1.0
+"""Seconds in which the rest of a refused body is still read, so that its sender gets to see the refusal."""
 
 Reload = Callable[[], Config]
 
@@ -83,6 +88,8 @@ class Gateway:
         )
         self._lag = LagMeter(self.metrics.lagged)
         self._traffic_log = self._make_traffic_log()
+        self._keys = config_module.keys(config)
+        self.door = Door(self._keys, config.limits, scheduler.classes, self._loop.time, self.patience)
         self._intake = Intake(
             self.fleet,
             self._loop.time,
@@ -90,10 +97,12 @@ class Gateway:
             classes=scheduler.classes,
             default_class=scheduler.default_class,
             describe=describe,
+            door=self.door,
+            forward_credentials=any(u.forward_credentials for u in config.upstreams),
             reads_text=self.predictor is not None and self.predictor.reads_text,
         )
         self._live = Live(self.core, lambda: self.flights, time.time() - self._loop.time())
-        observers: list[Observer] = [self._intake, self.metrics, self.journal, self._live]
+        observers: list[Observer] = [self.door, self._intake, self.metrics, self.journal, self._live]
         if self._traffic_log is not None:
             observers.append(self._traffic_log)
         self.dispatcher = Dispatcher(
@@ -103,9 +112,10 @@ class Gateway:
             observers=observers,
             estimate_deadline=getattr(config.predictor, "deadline", 0.5),
         )
-        self._relay = Relay(self.fleet, config.models)
+        self._relay = Relay(self.fleet, config.models, body_timeout=config.server.body_timeout)
         self._leaving: set[str] = set()
         """Upstreams that are drained, and afterwards forgotten or made anew."""
+        self._tls: list[tuple[ssl.SSLContext, config_module.Server | config_module.Admin]] = []
         self._runners: list[web.BaseRunner] = []
         self._sites: list[web.TCPSite] = []
 
@@ -118,15 +128,15 @@ class Gateway:
                 self._traffic_log.start()
             await self.fleet.start()
             server, admin = self.config.server, self.config.admin
-            await self._listen(web.ServerRunner(self._public(), shutdown_timeout=_FLUSH), server.host, server.port)
+            await self._listen(web.ServerRunner(self._public(), shutdown_timeout=_FLUSH), server)
             runner = web.AppRunner(make_admin_app(self), access_log=None, shutdown_timeout=_FLUSH)
-            await self._listen(runner, admin.host, admin.port)
+            await self._listen(runner, admin)
             self._lag.start()
         except BaseException:
             await self.stop(grace=0.0)
             raise
-        _log.info("listening on http://%s:%d", server.host, self.port)
-        _log.info("admin listening on http://%s:%d", admin.host, self.admin_port)
+        _log.info("listening on %s://%s:%d", _scheme(server), server.host, self.port)
+        _log.info("admin listening on %s://%s:%d", _scheme(admin), admin.host, self.admin_port)
 
     async def stop(self, grace: float | None = None) -> None:
         """Accept no more, let jobs finish for ``grace`` seconds (default: the configured), end the rest, close all.
@@ -167,10 +177,13 @@ class Gateway:
         """The admin listener's port."""
         return _port(self._runners[1])
 
-    async def _listen(self, runner: web.BaseRunner, host: str, port: int) -> None:
+    async def _listen(self, runner: web.BaseRunner, settings: config_module.Server | config_module.Admin) -> None:
+        context = build.server_tls(settings.tls)
+        if context is not None:
+            self._tls.append((context, settings))
         await runner.setup()
         self._runners.append(runner)
-        site = web.TCPSite(runner, host, port, backlog=1024)
+        site = web.TCPSite(runner, settings.host, settings.port, backlog=1024, ssl_context=context)
         await site.start()
         if runner is self._runners[0]:
             # The admin listener stays reachable while jobs drain.
@@ -182,22 +195,29 @@ class Gateway:
             self.dispatcher,
             self.fleet,
             self._relay,
+            self.door,
+            relayed=self.config.server.relay,
+            cors_origins=self.config.server.cors_origins,
             keepalive_after=self.config.server.keepalive_after,
             refused=self.metrics.refused,
+            body_timeout=self.config.server.body_timeout,
         )
         loop, max_body = self._loop, self.config.server.max_body
 
         def request(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> web.BaseRequest:
-            return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=max_body)
+            return Request(message, payload, protocol, writer, task, loop, client_max_size=max_body)
 
-        return web.Server(
+        return Listener(
             handlers,
+            head_timeout=self.config.server.head_timeout,
+            keepalive_timeout=self.config.server.idle_timeout,
+            lingering_time=_LINGER,
             request_factory=request,
             handler_cancellation=True,
             access_log=None,
             auto_decompress=True,
-            max_line_size=_HEADER_LIMIT,
-            max_field_size=_HEADER_LIMIT,
+            max_line_size=self.config.server.max_header,
+            max_field_size=self.config.server.max_header,
         )
 
     def _make_traffic_log(self) -> TrafficLog | None:
@@ -211,6 +231,19 @@ class Gateway:
             prompts=self.config.logging.prompts,
             epoch=lambda: time.time() - self._loop.time(),
         )
+
+    def patience(self, model: str) -> float:
+        """Seconds after which a model may have room again."""
+        return self.dispatcher.retry_after(model)
+
+    def client_keys(self) -> list[dict[str, Any]]:
+        """Clients' keys by name, and what they use."""
+        return self.door.describe()
+
+    @property
+    def key_hash(self) -> str | None:
+        """Hash of the key that the admin listener asks for."""
+        return self.config.admin.key_hash
 
     def _upstream_changed(self, info: UpstreamInfo) -> None:
         self.dispatcher.upstream_changed(info)
@@ -279,7 +312,7 @@ class Gateway:
         new = self._reload()
         applied: list[str] = []
         old = self.config
-        self._check(new)
+        new_keys = self._check(new)
         changed = [n for n in _ORDERING if getattr(new.scheduler, n) != getattr(self._ordering, n)]
         if changed:
             self._use_policy(new.scheduler)
@@ -291,6 +324,14 @@ class Gateway:
             self._intake.classes = dict(new.scheduler.classes)
             self._intake.default_class = new.scheduler.default_class
             applied.append("scheduler.classes")
+        if new_keys != self._keys or new.limits != old.limits or new.scheduler.classes != old.scheduler.classes:
+            self._keys = new_keys
+            self.door.change(new_keys, new.limits, new.scheduler.classes)
+            applied.append("auth and limits")
+        if self._tls:
+            for context, settings in self._tls:
+                build.load_certificate(context, settings.tls)
+            applied.append("certificates")
         self.config = new
         if new.upstreams != old.upstreams:
             await self._change_upstreams(old, new)
@@ -301,11 +342,14 @@ class Gateway:
         )
         return {"applied": applied, "needs_restart": restart}
 
-    def _check(self, new: Config) -> None:
+    def _check(self, new: Config) -> tuple[config_module.ApiKey, ...]:
         """All or nothing: what could only fail half-way, a key or a certificate that is not there, is tried first."""
         for upstream in new.upstreams:
             if upstream not in self.config.upstreams:
                 check(upstream)
+        for _, settings in self._tls:
+            build.server_tls(settings.tls)
+        return config_module.keys(new)
 
     async def _change_upstreams(self, old: Config, new: Config) -> None:
         before = {u.name: u for u in old.upstreams}
@@ -339,6 +383,10 @@ def _needs_restart(old: Config, new: Config) -> list[str]:
         for name in type(new.scheduler).model_fields
         if name not in live and getattr(new.scheduler, name) != getattr(old.scheduler, name)
     ] + [name for name in sections if getattr(new, name) != getattr(old, name)]
+
+
+def _scheme(settings: config_module.Server | config_module.Admin) -> str:
+    return "http" if settings.tls.cert is None else "https"
 
 
 def _port(runner: web.BaseRunner) -> int:

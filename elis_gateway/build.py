@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from dataclasses import fields
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -16,7 +17,7 @@ from elis_gateway.errors import ConfigError
 from elis_gateway.predictor.base import Predictor
 from elis_gateway.predictor.make import make_predictor
 
-__all__ = ["WINDOWS", "parse_policy", "policy", "predictor", "scheduler_config"]
+__all__ = ["WINDOWS", "load_certificate", "parse_policy", "policy", "predictor", "scheduler_config", "server_tls"]
 
 WINDOWS = ("window", "mode", "rescore")
 """Keys of the scheduler's section that say for how long somebody goes; they change while serving."""
@@ -73,6 +74,29 @@ def scheduler_config(section: config.Scheduler, *, estimates: bool) -> Scheduler
     }
     known = {field.name for field in fields(SchedulerConfig)}
     return SchedulerConfig(**{name: value for name, value in values.items() if name in known})
+
+
+def server_tls(section: config.ServerTLS) -> ssl.SSLContext | None:
+    """What a listener with this section needs; None: no TLS. Raises ``ConfigError``."""
+    if section.cert is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if section.client_ca is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+    load_certificate(context, section)
+    return context
+
+
+def load_certificate(context: ssl.SSLContext, section: config.ServerTLS) -> None:
+    """Read a listener's files, at the start and again on a reload. Raises ``ConfigError``."""
+    assert section.cert is not None
+    try:
+        context.load_cert_chain(section.cert, section.key)
+        if section.client_ca is not None:
+            context.load_verify_locations(section.client_ca)
+    except OSError as error:
+        raise ConfigError(f"tls: {section.cert}: {error}") from error
 
 
 def _outside(kind: str, options: dict[str, Any]) -> Policy:

@@ -116,8 +116,28 @@ def check_config(path: Path, quiet: bool) -> None:
     from elis_gateway import config
 
     effective = config.load(path)
+    for words in config.warnings(effective):
+        click.echo(f"Warning: {words}", err=True)
     if not quiet:
         click.echo(config.dump(effective), nl=False)
+
+
+@cli.command("key")
+@click.argument("name", default="client")
+@click.option("--existing", is_flag=True, help="Hash a key that is read from standard input instead of making one.")
+@click.option("--admin", is_flag=True, help="Print the line for the section `admin` instead.")
+def key(name: str, existing: bool, admin: bool) -> None:
+    """Make an API key and print it once, with the lines that let it in.
+
+    The configuration keeps the key's hash alone, so what is printed here cannot be had again.
+    """
+    from elis_gateway.access import hashed, new_key
+
+    made = input().strip() if existing else new_key()
+    stored = hashed(made)
+    if not existing:
+        click.echo(f"key: {made}", err=True)
+    click.echo(f"admin:\n  key_hash: {stored}" if admin else f"- name: {name}\n  hash: {stored}")
 
 
 @cli.command("sim-engine")

@@ -8,7 +8,7 @@ are tokens, sizes are bytes. What is wrong with a file is said in words by ``con
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +22,7 @@ from pydantic import model_validator as validates_all
 from elis_gateway.config_explain import explain, overridden
 from elis_gateway.errors import ConfigError
 
-__all__ = ["Config", "dump", "from_mapping", "load"]
+__all__ = ["Config", "dump", "from_mapping", "keys", "load", "warnings"]
 
 NonNegative = Annotated[float, Field(ge=0)]
 Seconds = NonNegative
@@ -30,6 +30,9 @@ Tokens = Annotated[int, Field(ge=1)]
 Bytes = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Name = Annotated[str, Field(min_length=1)]
+
+KeyHash = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+PerMinute = Annotated[int, Field(ge=1)]
 
 EXTERNAL = "external"
 """Tag of a policy or predictor that comes from outside this package."""
@@ -42,6 +45,23 @@ class Section(BaseModel):
 
 
 # --- listeners ---------------------------------------------------------------------------------------------------
+
+
+class ServerTLS(Section):
+    """What a listener shows its clients, and asks of them. A reload reads the files again."""
+
+    cert: Path | None = None
+    """PEM file of the certificate chain. Default: no TLS."""
+    key: Path | None = None
+    """PEM file of the private key, where it is not in `cert`."""
+    client_ca: Path | None = None
+    """PEM file of the authority whose certificates clients must bring. Default: none are asked for."""
+
+    @validates_all(mode="after")
+    def _has_a_certificate(self) -> ServerTLS:
+        if self.cert is None and (self.key is not None or self.client_ca is not None):
+            raise ValueError("expected a cert beside key and client_ca")
+        return self
 
 
 class Server(Section):
@@ -58,7 +78,22 @@ class Server(Section):
     """How long requests in flight may take to finish after SIGTERM before their streams end with an error
     event."""
     max_body: Bytes = 32 * 1024 * 1024
-    """Largest request body accepted."""
+    """Largest request body accepted, unpacked."""
+    max_header: Annotated[int, Field(ge=1024)] = 64 * 1024
+    """Longest request line and longest header field accepted."""
+    head_timeout: Seconds = 20.0
+    """How long a request's head may take to arrive, from its first byte; 0: any time."""
+    body_timeout: Seconds = 120.0
+    """How long a request's body may take to arrive; 0: any time."""
+    idle_timeout: Annotated[float, Field(gt=0)] = 75.0
+    """How long a connection is kept open without a request. Longer than that of a load balancer in front."""
+    cors_origins: tuple[Name, ...] = ()
+    """Origins whose pages may call this API from a browser, such as https://chat.example.com; `*` for any.
+    Default: none."""
+    relay: tuple[Name, ...] = ("/v1/",)
+    """Beginnings of the paths that are passed on to upstreams although they are not scheduled (embeddings, audio,
+    …). An engine's administration, such as /v1/load_lora_adapter, is passed on only where it is named in full."""
+    tls: ServerTLS = ServerTLS()
 
 
 class Admin(Section):
@@ -68,6 +103,10 @@ class Admin(Section):
     """Address to listen on."""
     port: Port = 8081
     """Port to listen on; 0 picks a free one and logs it."""
+    key_hash: KeyHash | None = None
+    """Hash of the key that every request here must bring, as `Authorization: Bearer` or as the password of a
+    browser's prompt. `elis-gateway key` makes one. Default: whoever reaches the port is let in."""
+    tls: ServerTLS = ServerTLS()
 
 
 # --- upstreams ---------------------------------------------------------------------------------------------------
@@ -121,6 +160,9 @@ class Upstream(Section):
     """Base URL, with or without the trailing /v1."""
     api_key_env: str | None = None
     """Environment variable that holds the upstream's API key. Clients' own keys are not passed on."""
+    forward_credentials: bool = False
+    """Pass clients' own Authorization, api-key and x-api-key headers on to this upstream, in place of its key. Only
+    for upstreams that know the clients themselves."""
     models: tuple[Name, ...] = ()
     """Models it serves. Empty: asked of its /v1/models."""
     slots: Annotated[int, Field(ge=1)]
@@ -147,7 +189,7 @@ class Upstream(Section):
     @classmethod
     def _named_by_its_address(cls, data: Any) -> Any:
         if isinstance(data, dict) and "name" not in data and isinstance(data.get("url"), str):
-            return {**data, "name": urlsplit(data["url"]).netloc or data["url"]}
+            return {**data, "name": urlsplit(data["url"]).netloc.rpartition("@")[2] or data["url"]}
         return data
 
     @validates("url")
@@ -156,6 +198,14 @@ class Upstream(Section):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise ValueError("expected a URL such as http://127.0.0.1:8000")
+        if "@" in parts.netloc:
+            # What is in a URL is shown: in logs, by check-config, on the admin listener.
+            raise ValueError(
+                "expected no user or password in the URL; put the key into an environment variable and "
+                "name that in api_key_env"
+            )
+        if parts.query or parts.fragment:
+            raise ValueError("expected a URL without query or fragment")
         return url.rstrip("/").removesuffix("/v1")
 
 
@@ -315,6 +365,73 @@ class Scheduler(Section):
         return self
 
 
+# --- access ------------------------------------------------------------------------------------------------------
+
+
+class ApiKey(Section):
+    """One client's key: by its hash, with what it may do."""
+
+    name: Name
+    """Whose it is: the name in logs and on the admin listener."""
+    hash: KeyHash
+    """`sha256:` and the hash of the key. `elis-gateway key` makes a key and prints both."""
+    models: tuple[Name, ...] = ()
+    """Models or aliases it may use. Empty: all."""
+    default_class: Name | None = None
+    """Class of its requests that name none. Default: scheduler.default_class, if it may use that."""
+    max_class: Name | None = None
+    """The best class it may ask for. Default: any."""
+    requests_per_minute: PerMinute | None = None
+    """Default: limits.per_key.requests_per_minute."""
+    tokens_per_minute: PerMinute | None = None
+    """Tokens of prompts and answers together. Default: limits.per_key.tokens_per_minute."""
+    concurrent: Annotated[int, Field(ge=1)] | None = None
+    """Requests under way at once, waiting ones included. Default: limits.per_key.concurrent."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Its share against other keys' under scheduler.fair."""
+
+
+class Auth(Section):
+    """Who may use the public listener. Without any key: everybody."""
+
+    keys: tuple[ApiKey, ...] = ()
+    """Clients' keys."""
+    keys_file: Path | None = None
+    """YAML file with a list of more keys, each as in `keys`; read again on every reload."""
+
+    @validates("keys")
+    @classmethod
+    def _keys_differ(cls, keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
+        return _distinct(keys)
+
+
+class PerKey(Section):
+    """What one key may use, unless its own entry says otherwise. Default: no limits."""
+
+    requests_per_minute: PerMinute | None = None
+    """Requests a key may begin per minute."""
+    tokens_per_minute: PerMinute | None = None
+    """Tokens of prompts and answers a key may use per minute. An answer is charged when it is over."""
+    concurrent: Annotated[int, Field(ge=1)] | None = None
+    """Requests of one key under way at once, waiting ones included."""
+
+
+class Limits(Section):
+    """What is refused with 429 before it waits; see scheduler.queue for what may wait."""
+
+    per_key: PerKey = PerKey()
+    classes: dict[Name, Annotated[int, Field(ge=1)]] = {}
+    """Requests of one class under way at once, waiting ones included."""
+
+
+def _distinct(keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
+    for what in ("name", "hash"):
+        values = [getattr(key, what) for key in keys]
+        if twice := sorted({value for value in values if values.count(value) > 1}):
+            raise ValueError(f"expected every {what} once; several keys have {', '.join(twice)}")
+    return keys
+
+
 # --- predictors --------------------------------------------------------------------------------------------------
 
 
@@ -420,8 +537,36 @@ class Config(Section):
     scheduler: Scheduler = Scheduler()
     predictor: Predictor = HistoryPredictor(kind="history")
     """Where estimates come from."""
+    auth: Auth = Auth()
+    limits: Limits = Limits()
     logging: Logging = Logging()
     traffic_log: TrafficLog = TrafficLog()
+
+    @validates("models")
+    @classmethod
+    def _aliases_name_models(cls, models: dict[str, str]) -> dict[str, str]:
+        if chained := sorted(alias for alias, model in models.items() if model in models):
+            raise ValueError(
+                f"expected aliases to name models, not aliases: {', '.join(f'{a} -> {models[a]}' for a in chained)}"
+            )
+        return models
+
+    @validates_all(mode="after")
+    def _classes_exist(self) -> Config:
+        self.check_keys(self.auth.keys)
+        if unknown := sorted(set(self.limits.classes) - set(self.scheduler.classes)):
+            raise ValueError(f"limits.classes: expected classes of scheduler.classes; unknown: {', '.join(unknown)}")
+        return self
+
+    def check_keys(self, keys: Iterable[ApiKey]) -> None:
+        """Do the classes exist that these keys name? Raises ValueError."""
+        for key in keys:
+            for name in (key.default_class, key.max_class):
+                if name is not None and name not in self.scheduler.classes:
+                    raise ValueError(f"auth: key {key.name}: expected a class of scheduler.classes, got {name!r}")
+            ranks = self.scheduler.classes
+            if key.default_class and key.max_class and ranks[key.default_class] < ranks[key.max_class]:
+                raise ValueError(f"auth: key {key.name}: default_class is better than max_class")
 
     @validates("upstreams")
     @classmethod
@@ -440,15 +585,39 @@ def load(path: str | Path, environ: Mapping[str, str] | None = None) -> Config:
     Raises:
         ConfigError: unreadable file, bad YAML, or anything wrong within; one line per mistake.
     """
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: expected UTF-8 text: {error.reason} at byte {error.start}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    data = _yaml(path, str(path))
     return from_mapping({} if data is None else data, os.environ if environ is None else environ)
+
+
+def keys(config: Config) -> tuple[ApiKey, ...]:
+    """Every key: those of the configuration and those of its ``auth.keys_file``. Raises ``ConfigError``."""
+    path = config.auth.keys_file
+    if path is None:
+        return config.auth.keys
+    where = f"auth.keys_file: {path}"
+    listed = _yaml(path, where)
+    if not isinstance(listed, list):
+        raise ConfigError(f"{where}: expected a list of keys, got {type(listed).__name__}")
+    try:
+        found = tuple(ApiKey.model_validate(entry) for entry in listed)
+        merged = _distinct((*config.auth.keys, *found))
+        config.check_keys(found)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {explain(error, ApiKey)}") from None
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return merged
+
+
+def _yaml(path: str | Path, where: str) -> Any:
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}: expected UTF-8 text: {error.reason} at byte {error.start}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {error}") from error
 
 
 def from_mapping(data: Any, environ: Mapping[str, str] | None = None) -> Config:
@@ -460,6 +629,23 @@ def from_mapping(data: Any, environ: Mapping[str, str] | None = None) -> Config:
         return Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError(explain(error, Config)) from None
+
+
+def warnings(config: Config, environ: Mapping[str, str] | None = None) -> list[str]:
+    """What is valid here and now but will not work, or is not wise, in words."""
+    environ = os.environ if environ is None else environ
+    found = [
+        f"upstreams: {u.name}: environment variable {u.api_key_env} (api_key_env) is not set here; "
+        "serve will refuse to start"
+        for u in config.upstreams
+        if u.api_key_env is not None and not environ.get(u.api_key_env)
+    ]
+    if config.admin.host not in _LOOPBACK and config.admin.key_hash is None:
+        found.append(f"admin: {config.admin.host} is not loopback and there is no key_hash: anybody can control it")
+    return found
+
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def dump(config: Config) -> str:

@@ -341,7 +341,7 @@ class Dispatcher:
         # An answer that comes in one piece is silent until it is complete, however long that takes.
         patient = answer.mode is Mode.WHOLE and not order.stream
         request_id = f"{spec.id}-{slice_.id}"
-        async with upstream.open(order, request_id=request_id, patient=patient, headers=flight.headers) as session:
+        async with upstream.open(order, request_id=request_id, patient=patient, headers=_headers(flight)) as session:
             if order.stream:
                 await self._stream(call, session)
             else:
@@ -428,6 +428,13 @@ class Dispatcher:
             said = UpstreamUnavailable(f"{call.slice.upstream}: the answer broke off", cause="cut")
         flight.error = said
         return (end if said.retryable else SliceEnd.FAILED), said.cause
+
+
+def _headers(flight: Flight) -> Mapping[str, str] | None:
+    """What is sent beside the upstream's own headers. It drops the client's credentials unless it is to have them."""
+    if flight.credentials is None:
+        return flight.headers
+    return {**(flight.headers or {}), **flight.credentials}
 
 
 _EXPIRED = {

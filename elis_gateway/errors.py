@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 __all__ = [
-    "ClientError", "ConfigError", "GatewayError", "MissingExtra", "ModelNotFound", "Overloaded", "ShuttingDown",
-    "UpstreamError", "UpstreamRefused", "UpstreamUnavailable",
+    "ClientError", "ConfigError", "Forbidden", "GatewayError", "MethodNotAllowed", "MissingExtra", "ModelNotFound",
+    "Overloaded", "ShuttingDown", "Unauthorized", "UpstreamError", "UpstreamRefused", "UpstreamUnavailable",
 ]  # fmt: skip
 
 
@@ -38,6 +40,28 @@ class ModelNotFound(ClientError):
 
     def __init__(self, model: str) -> None:
         super().__init__(f"The model `{model}` does not exist.", param="model", code="model_not_found")
+
+
+class Unauthorized(ClientError):
+    """No key, or none that we know."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="invalid_api_key")
+
+
+class Forbidden(ClientError):
+    """The key is known, and this is not for it."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message, param=param, code="insufficient_permissions")
+
+
+class MethodNotAllowed(ClientError):
+    """The path is there, but not for this method; ``allowed`` are."""
+
+    def __init__(self, method: str, allowed: Iterable[str]) -> None:
+        self.allowed = tuple(allowed)
+        super().__init__(f"{method} is not for this path, but {' or '.join(self.allowed)}", code="method_not_allowed")
 
 
 class Overloaded(GatewayError):

@@ -37,8 +37,8 @@ class Flight:
     """A request on its way. ``job`` is set when the scheduler has taken it."""
 
     __slots__ = (
-        "answer", "channel", "class_name", "describe", "error", "estimates", "first_estimate", "headers", "heard",
-        "job", "legs", "refining", "renew", "request", "spec", "trace",
+        "answer", "channel", "class_name", "client", "credentials", "describe", "error", "estimates", "first_estimate",
+        "headers", "heard", "job", "legs", "refining", "renew", "request", "spec", "trace",
     )  # fmt: skip
 
     def __init__(
@@ -48,6 +48,7 @@ class Flight:
         answer: Answer,
         *,
         class_name: str = "",
+        client: str = "",
         describe: Callable[[Flight], str] | None = None,
     ) -> None:
         self.spec = spec
@@ -55,6 +56,8 @@ class Flight:
         self.answer = answer
         self.channel = Channel()
         self.class_name = class_name
+        self.client = client
+        """The name of the key it came with, where keys are configured."""
         self.describe = describe
         """Makes the final comment of a stream whose client asked how it was scheduled."""
         self.job: Job | None = None
@@ -68,6 +71,8 @@ class Flight:
         """When text arrived last, on the loop's clock; 0.0 before the first."""
         self.headers: Mapping[str, str] | None = None
         """Sent with its upstream calls beside our own."""
+        self.credentials: Mapping[str, str] | None = None
+        """The client's own, for upstreams that are to be told them."""
         self.trace: object = None
         """The tracer's, who alone knows what it is."""
         self.refining = False

@@ -8,18 +8,21 @@ error event. A client that leaves cancels its handler (aiohttp's ``handler_cance
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Protocol
+from urllib.parse import unquote
 
 import orjson
 from aiohttp import HttpVersion11, web, web_protocol
 from multidict import CIMultiDict
 
+from elis_gateway.access import Door
 from elis_gateway.channel import Channel
 from elis_gateway.dispatcher import Dispatcher
-from elis_gateway.errors import GatewayError
+from elis_gateway.errors import ClientError, GatewayError, MethodNotAllowed, ModelNotFound
 from elis_gateway.flight import Flight
 from elis_gateway.intake import Intake
+from elis_gateway.listener import Request
 from elis_gateway.logs import job_id
 from elis_gateway.wire import openai, sse
 from elis_gateway.wire.openai import Route
@@ -32,7 +35,13 @@ _EVENTS = "text/event-stream; charset=utf-8"
 _BACKLOG = 64 * 1024
 """Bytes a client may be behind before writing waits for it."""
 _COMMENT = sse.comment("waiting")
+_MODEL = "/v1/models/"
+_ADMINISTRATION = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+"""What changes an engine is not for everybody who may ask it something."""
+_RELAYED = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})
 
+Relayed = Callable[[web.BaseRequest, Callable[..., bool] | None], Awaitable[web.StreamResponse]]
+"""Passes a request on; the second argument says which models it may be for (None: any)."""
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
@@ -57,10 +66,14 @@ class Handlers:
         intake: Intake,
         dispatcher: Dispatcher,
         directory: Directory,
-        relay: Handler,
+        relay: Relayed,
+        door: Door,
         *,
         keepalive_after: float,
         refused: Callable[[str], None] = lambda reason: None,
+        body_timeout: float = 0.0,
+        relayed: Sequence[str] = ("/v1/",),
+        cors_origins: Sequence[str] = (),
     ) -> None:
         """``refused`` is told the reason of every error that is answered in place of an answer."""
         self._refused = refused
@@ -68,7 +81,11 @@ class Handlers:
         self._dispatcher = dispatcher
         self._directory = directory
         self._relay = relay
+        self._door = door
+        self._relayed = tuple(relayed)
+        self._origins = frozenset(cors_origins)
         self._keepalive_after = keepalive_after
+        self._body_timeout = body_timeout
         self._loop = asyncio.get_running_loop()
         self._routes: dict[tuple[str, str], Handler] = {
             ("POST", Route.CHAT.value): self._chat,
@@ -79,17 +96,14 @@ class Handlers:
         }
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Route by method and exact path; the rest of /v1 is relayed."""
+        """Route by method and path; the rest of /v1 is relayed."""
         path = request.rel_url.raw_path
         if "Expect" in request.headers:
             _go_ahead(request)
-        handler = self._routes.get((request.method, path))
-        if handler is None and "%" in path:
-            # Another spelling of a route of ours must not go past the queue.
-            handler = self._routes.get((request.method, request.rel_url.path))
-        if handler is None:
-            handler = self._relay if path.startswith("/v1/") else self._not_found
         try:
+            if self._origins and "Origin" in request.headers:
+                return await self._across(request, path)
+            handler = self._routes.get((request.method, path)) or self._other(request.method, path)
             return await handler(request)
         except GatewayError as error:
             return self._problem(error)
@@ -100,6 +114,61 @@ class Handlers:
             self._refused("invalid_body")
             return _error(400, "the request body is not what its headers say", "invalid_body")
 
+    def _other(self, method: str, path: str) -> Handler:
+        """The handler of what is not exactly a route of ours. Raises ``ClientError``."""
+        plain = _canonical(path)
+        if (handler := self._routes.get((method, plain))) is not None:
+            # Another spelling of a route must not go past the queue.
+            return handler
+        if allowed := [m for m, p in self._routes if p == plain]:
+            raise MethodNotAllowed(method, allowed)
+        if plain.startswith(_MODEL) and method == "GET":
+            return self._model
+        if not plain.startswith("/v1/") or not self._passes(plain):
+            raise ClientError(f"unknown path {path[:200]}", code="not_found")
+        if method not in _RELAYED:
+            raise MethodNotAllowed(method, sorted(_RELAYED))
+        return self._pass_on
+
+    def _passes(self, plain: str) -> bool:
+        """Is this path one that is relayed?"""
+        return plain in self._relayed if plain in _ADMINISTRATION else plain.startswith(self._relayed)
+
+    async def _pass_on(self, request: web.BaseRequest) -> web.StreamResponse:
+        grant = self._door.who(request.headers)
+        with self._door.relayed(grant, request.content_length or 0):
+            return await self._relay(request, grant.may_use if grant is not None and grant.settings.models else None)
+
+    # --- browsers ------------------------------------------------------------------------------------------------
+
+    async def _across(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
+        """A request of a page of another origin, where some are allowed: the browser is told whether it may."""
+        origin = request.headers["Origin"]
+        if "*" not in self._origins and origin not in self._origins:
+            raise ClientError("this origin may not use the API from a browser", code="insufficient_permissions")
+        allowed = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+        if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+            asked = request.headers.get("Access-Control-Request-Headers", "")
+            return web.Response(
+                status=204,
+                headers={
+                    **allowed,
+                    "Access-Control-Allow-Methods": "GET, POST",
+                    "Access-Control-Allow-Headers": asked or "Authorization, Content-Type",
+                    "Access-Control-Max-Age": "600",
+                },
+            )
+        if isinstance(request, Request):
+            request.beside = allowed
+        handler = self._routes.get((request.method, path)) or self._other(request.method, path)
+        try:
+            response = await handler(request)
+        except GatewayError as error:
+            response = self._problem(error)
+        if not response.prepared:
+            response.headers.update(allowed)
+        return response
+
     # --- generation ----------------------------------------------------------------------------------------------
 
     async def _chat(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -109,9 +178,11 @@ class Handlers:
         return await self._generate(request, Route.COMPLETIONS)
 
     async def _generate(self, request: web.BaseRequest, route: Route) -> web.StreamResponse:
-        body = await request.read()
         headers = request.headers
-        flight = self._intake.flight(openai.parse(route, body), len(body), headers)
+        grant = self._door.who(headers)
+        body = await self._body(request)
+        flight = self._intake.flight(openai.parse(route, body), len(body), headers, grant)
+        self._door.enter(flight, grant)
         # A connection's next request runs in the same task.
         in_context = job_id.set(flight.spec.id)
         try:
@@ -123,8 +194,20 @@ class Handlers:
         finally:
             # The client has gone, or something broke: nobody wants the rest.
             self._dispatcher.cancel(flight)
+            self._door.leave(flight)
             job_id.reset(in_context)
         return response
+
+    async def _body(self, request: web.BaseRequest) -> bytes:
+        """The request's body. Raises ``ClientError`` where it takes too long to come."""
+        if request.content.is_eof() or self._body_timeout <= 0:
+            return await request.read()
+        try:
+            async with asyncio.timeout(self._body_timeout):
+                return await request.read()
+        except TimeoutError:
+            limit = self._body_timeout
+            raise ClientError(f"the request body did not arrive within {limit:g} s", code="request_timeout") from None
 
     async def _whole(self, request: web.BaseRequest, flight: Flight) -> web.StreamResponse:
         try:
@@ -162,20 +245,30 @@ class Handlers:
     # --- everything else -----------------------------------------------------------------------------------------
 
     async def _models(self, request: web.BaseRequest) -> web.StreamResponse:
-        models = dict(self._directory.models)
-        for alias, model in self._intake.aliases.items():
-            if model in models:
-                models.setdefault(alias, models[model])
-        data = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "elis-gateway"}
-            | ({} if length is None else {"max_model_len": length})
-            for name, length in models.items()
-        ]
+        data = list(self._visible(request).values())
         return web.Response(body=orjson.dumps({"object": "list", "data": data}), content_type=_JSON)
 
-    async def _not_found(self, request: web.BaseRequest) -> web.StreamResponse:
-        self._refused("not_found")
-        return _error(404, f"unknown path {request.rel_url.raw_path}", "not_found")
+    async def _model(self, request: web.BaseRequest) -> web.StreamResponse:
+        name = request.rel_url.path.removeprefix(_MODEL)
+        found = self._visible(request).get(name)
+        if found is None:
+            raise ModelNotFound(name)
+        return web.Response(body=orjson.dumps(found), content_type=_JSON)
+
+    def _visible(self, request: web.BaseRequest) -> dict[str, dict[str, Any]]:
+        """The models in service that the client may use, by every name it may use for them."""
+        grant = self._door.who(request.headers)
+        models = dict(self._directory.models)
+        aliases = self._intake.aliases
+        for alias, model in aliases.items():
+            if model in models:
+                models.setdefault(alias, models[model])
+        return {
+            name: {"id": name, "object": "model", "created": 0, "owned_by": "elis-gateway"}
+            | ({} if length is None else {"max_model_len": length})
+            for name, length in models.items()
+            if grant is None or grant.may_use(name, aliases.get(name, name))
+        }
 
     async def _health(self, request: web.BaseRequest) -> web.StreamResponse:
         """The process is alive."""
@@ -273,6 +366,8 @@ def _headers(request: web.BaseRequest, flight: Flight, content_type: str | None 
         headers["Content-Type"] = content_type
     if content_type is _EVENTS:
         headers["Cache-Control"] = "no-cache"
+    if isinstance(request, Request):
+        headers.update(request.beside)
     headers["X-Request-Id"] = request.headers.get("X-Request-Id") or flight.spec.id
     if flight.describe is not None:
         answer = flight.answer
@@ -290,3 +385,15 @@ def _headers(request: web.BaseRequest, flight: Flight, content_type: str | None 
 def _error(status: int, message: str, code: str) -> web.Response:
     error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
     return web.Response(status=status, body=orjson.dumps({"error": error}), content_type=_JSON)
+
+
+def _canonical(path: str) -> str:
+    """A path as every server behind us would understand it: unquoted, without empty segments or a last slash.
+
+    Raises ``ClientError`` for one that leads elsewhere depending on who reads it.
+    """
+    plain = unquote(path, errors="replace")
+    segments = [segment for segment in plain.split("/") if segment]
+    if any(segment in (".", "..") for segment in segments) or not plain.isprintable() or "\\" in plain:
+        raise ClientError("the path is not one that every server reads alike", code="bad_path")
+    return "/" + "/".join(segments)

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from elis_gateway.access import CREDENTIALS, Door, Grant
 from elis_gateway.core.job import JobSpec
 from elis_gateway.errors import ClientError, ModelNotFound
 from elis_gateway.flight import Flight, Observer
@@ -48,8 +49,13 @@ class Intake(Observer):
         classes: Mapping[str, int],
         default_class: str,
         describe: Callable[[Flight], str],
+        door: Door,
         reads_text: bool = True,
+        forward_credentials: bool = False,
     ) -> None:
+        self.forward_credentials = forward_credentials
+        """Some upstream wants to be told clients' own keys."""
+        self._door = door
         self.aliases = dict(aliases)
         self.classes = dict(classes)
         self.default_class = default_class
@@ -62,23 +68,25 @@ class Intake(Observer):
         self._prefix = secrets.token_hex(4)
         self._count = itertools.count(1)
 
-    def flight(self, request: Request, size: int, headers: Mapping[str, str]) -> Flight:
-        """A job ready to be submitted. ``size``: bytes of the request's body.
+    def flight(self, request: Request, size: int, headers: Mapping[str, str], grant: Grant | None = None) -> Flight:
+        """A job ready to be submitted. ``size``: bytes of the request's body; ``grant``: whose request it is.
 
         Raises:
-            ModelNotFound: no upstream serves it.
-            ClientError: a header that makes no sense.
+            ModelNotFound: no upstream serves it, or not to this key.
+            ClientError: a header that makes no sense, a class that is not for this key.
         """
-        model = self._model(request.model)
+        model = self._model(request.model, grant)
         able = self._directory.capabilities(model)
         answer = self._answer(request, model, able)
-        class_name, rank = self._class(headers.get("X-Elis-Class"))
+        class_name, rank = self._class(headers.get("X-Elis-Class"), grant)
+        self._door.check(grant, model, request.model or self._names().get(model, model), class_name)
+        client = headers.get("Authorization", "") if grant is None else grant.name
         conversation = self._conversation(request)
         job_id = f"{self._prefix}-{next(self._count):x}"
         spec = JobSpec(
             id=job_id,
             model=model,
-            app=_readable(headers.get("X-Elis-App", "")) or _app(request, headers.get("Authorization", "")),
+            app=_readable(headers.get("X-Elis-App", "")) or _app(request, client),
             prompt=request.prompt_text if self._reads_text else "",
             prompt_tokens=size // 4,
             limit=answer.limit,
@@ -88,7 +96,10 @@ class Intake(Observer):
             conversation=conversation or (job_id if request.chat else None),
         )
         describe = self._describe if headers.get("X-Elis-Debug") == "1" else None
-        flight = Flight(spec, request, answer, class_name=class_name, describe=describe)
+        name = "" if grant is None else grant.name
+        flight = Flight(spec, request, answer, class_name=class_name, client=name, describe=describe)
+        if self.forward_credentials:
+            flight.credentials = {h: headers[h] for h in CREDENTIALS if h in headers}
         if not able.models:
             # No upstream of this model has been heard of yet. By the first call one has.
             flight.renew = lambda: self._answer(request, model, self._directory.capabilities(model))
@@ -115,10 +126,12 @@ class Intake(Observer):
         if len(memory) > _CONVERSATIONS:
             memory.popitem(last=False)
 
-    def _model(self, name: str) -> str:
+    def _model(self, name: str, grant: Grant | None) -> str:
         """The name an upstream knows it by. A request that names none means the only one there is."""
-        if not name and len(models := self._directory.models) == 1:
-            return next(iter(models))
+        if not name:
+            models = [m for m, name in self._names().items() if grant is None or grant.may_use(m, name)]
+            if len(models) == 1:
+                return models[0]
         if not name:
             raise ClientError("you must provide a model parameter", param="model", code="missing_model")
         model = self.aliases.get(name, name)
@@ -126,12 +139,17 @@ class Intake(Observer):
             raise ModelNotFound(name)
         return model
 
+    def _names(self) -> dict[str, str]:
+        """Every model in service, and an alias of it, or its own name where it has none."""
+        aliases = {model: alias for alias, model in self.aliases.items()}
+        return {model: aliases.get(model, model) for model in self._directory.models}
+
     def _conversation(self, request: Request) -> str | None:
         key = request.conversation_key()
         return None if key is None else self._conversations.get(key)
 
-    def _class(self, name: str | None) -> tuple[str, int]:
-        name = name or self.default_class
+    def _class(self, name: str | None, grant: Grant | None) -> tuple[str, int]:
+        name = name or self._door.default_class(grant, self.default_class)
         try:
             return name, self.classes[name]
         except KeyError:

@@ -23,22 +23,38 @@ VALUES = {CORE + ".job", CORE + ".slice"}
 ARROWS: dict[str, set[str]] = {
     "elis_gateway": set(),
     E + "__main__": {E + "cli"},
-    E + "cli": {E + "app", E + "logs", E + "sim", "loadtest", "onnx_export"},
+    E + "cli": {E + "access", E + "app", E + "logs", E + "sim", "loadtest", "onnx_export"},
     E + "app": {
         *(E + name for name in ("admin", "build", "channel", "dispatcher", "flight", "handlers", "intake")),
-        *(E + name for name in ("journal", "lag", "live", "logs", "metrics")),
+        *(E + name for name in ("access", "journal", "lag", "listener", "live", "logs", "metrics")),
         *(E + name for name in ("tasks", "traffic_log", "predictor", "upstream", "wire")),
         CORE,
     },
     # the live gateway, outermost first
     E + "handlers": {
-        E + name for name in ("channel", "dispatcher", "flight", "intake", "logs", "relay", "tasks", "wire")
+        E + name
+        for name in (
+            "access",
+            "channel",
+            "dispatcher",
+            "flight",
+            "intake",
+            "listener",
+            "logs",
+            "relay",
+            "tasks",
+            "wire",
+        )
     },
-    E + "admin": {E + "flight", E + "journal"},
+    E + "listener": {E + "wire"},
+    E + "access": {E + "flight"},
+    E + "admin_guard": {E + "access"},
+    E + "admin": {E + "admin_guard", E + "flight", E + "journal"},
     E + "build": {CORE, E + "predictor"},
     E + "journal": {E + "flight", CORE + ".job"},
     E + "live": {E + "flight", CORE},
     E + "intake": {E + "flight", E + "upstream.base", E + "wire", CORE + ".job"},
+    E + "intake": {E + "access", E + "flight", E + "upstream.base", E + "wire", CORE + ".job"},
     E + "estimator": {E + "flight", E + "predictor.base", E + "tasks", *VALUES},
     E + "dispatcher": {
         E + "estimator",

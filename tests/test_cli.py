@@ -49,6 +49,25 @@ def test_check_config_says_what_is_wrong(tmp_path: Path) -> None:
     assert result.output == "Error: scheduler.windw: unknown key; did you mean 'window'?\n"
 
 
+def test_check_config_warns_of_a_key_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("upstreams: [{url: 'http://a', slots: 1, api_key_env: KEY_OF_A}]\n")
+    monkeypatch.delenv("KEY_OF_A", raising=False)
+    result = run("check-config", "-q", str(path))
+    assert result.exit_code == 0
+    assert "KEY_OF_A (api_key_env) is not set" in result.stderr
+    monkeypatch.setenv("KEY_OF_A", "x")
+    assert run("check-config", "-q", str(path)).stderr == ""
+
+
+def test_check_config_does_not_print_a_password(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("upstreams: [{url: 'http://me:hunter2@a', slots: 1}]\n")
+    result = run("check-config", str(path))
+    assert result.exit_code == 2
+    assert "hunter2" not in result.output + result.stderr
+
+
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
 def test_completion(shell: str) -> None:
     assert "_ELIS_GATEWAY_COMPLETE" in run("completion", shell).output

@@ -57,6 +57,15 @@ def test_one_upstream_is_enough() -> None:
             {"scheduler": {"seam_cost": -1}},
             "scheduler.seam_cost: expected 'auto', got -1; or greater than or equal to 0, got -1",
         ),
+        (
+            {"models": {"a": "b", "b": "a", "c": "real"}},
+            "models: expected aliases to name models, not aliases: a -> b, b -> a",
+        ),
+        (
+            {"upstreams": [{"url": "http://me:secret@engine:8000", "slots": 1}]},
+            "upstreams[0].url: expected no user or password in the URL; put the key into an environment variable and "
+            "name that in api_key_env",
+        ),
         ({"scheduler": {"mode": "elast"}}, "scheduler.mode: expected 'fixed' or 'elastic', got 'elast'"),
         ({"scheduler": {"default_class": "x"}}, "scheduler: expected default_class to be one of the classes (default)"),
         ({"server": {"port": 99999}}, "server.port: expected less than or equal to 65535, got 99999"),

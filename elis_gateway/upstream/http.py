@@ -27,8 +27,19 @@ from elis_gateway.upstream.base import Capabilities
 from elis_gateway.wire.continuation import Call
 from elis_gateway.wire.sse import DONE, EventDecoder
 
-__all__ = ["HttpSession", "HttpUpstream", "abort", "check", "retry_after", "unavailable"]
+__all__ = [
+    "CREDENTIALS",
+    "HttpSession",
+    "HttpUpstream",
+    "abort",
+    "check",
+    "foreign_refusal",
+    "retry_after",
+    "unavailable",
+]
 
+CREDENTIALS = frozenset({"authorization", "api-key", "x-api-key"})
+"""Headers, in lower case, in which a client says who it is."""
 _POOL_IDLE = 4.0
 """Seconds an idle connection is kept: less than the 5 s after which uvicorn, under vLLM, closes it."""
 _READ_BUFFER = 256 * 1024
@@ -112,6 +123,14 @@ class HttpUpstream:
         if request_id is not None:
             headers["X-Request-Id"] = request_id
         return headers
+
+    def add(self, headers: CIMultiDict[str], more: Mapping[str, str]) -> None:
+        """Put ``more`` into a call's headers; clients' credentials only where this upstream is to have them."""
+        credentials = {name for name in more if name.lower() in CREDENTIALS}
+        if credentials and self.settings.forward_credentials:
+            headers.popall("Authorization", None)
+            credentials = set()
+        headers.update({name: value for name, value in more.items() if name not in credentials})
 
     async def get(self, path: str) -> bytes:
         """The body of a GET within the probe's time limit. Raises ``UpstreamError``."""
@@ -254,7 +273,7 @@ class HttpSession:
         url = upstream.url(call.path)
         headers = upstream.headers(self._request_id)
         if self._headers is not None:
-            headers.update(self._headers)
+            upstream.add(headers, self._headers)
         try:
             response = await upstream.client.post(url, data=call.body, headers=headers, allow_redirects=False)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
@@ -267,6 +286,8 @@ class HttpSession:
         return response
 
     async def _refusal(self, response: aiohttp.ClientResponse) -> UpstreamError:
+        if response.status in (401, 407) and not self._upstream.settings.forward_credentials:
+            return foreign_refusal(self._upstream.id, response.status)
         body = await response.content.read(_ERROR_BODY_LIMIT)
         self._done = response.content.at_eof()
         return UpstreamRefused(response.status, body, retry_after=retry_after(response.headers.get("Retry-After")))
@@ -365,6 +386,11 @@ def unavailable(name: str, error: BaseException) -> UpstreamUnavailable:
     else:
         cause = "reset"
     return UpstreamUnavailable(f"{name}: {error or type(error).__name__}", cause=cause)
+
+
+def foreign_refusal(name: str, status: int) -> UpstreamUnavailable:
+    """Our exception where an upstream refuses us for who we are: no business of the client's, nor are its words."""
+    return UpstreamUnavailable(f"{name}: refused the gateway's own key ({status})", cause="auth")
 
 
 def retry_after(value: str | None) -> float | None:

@@ -7,16 +7,16 @@ the body. Never: queues, slots. A relayed call holds no slot: embeddings and the
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import aiohttp
 import orjson
 from aiohttp import web
 from multidict import CIMultiDict
 
-from elis_gateway.errors import ClientError, ModelNotFound, Overloaded, UpstreamError
+from elis_gateway.errors import ClientError, Forbidden, ModelNotFound, Overloaded, UpstreamError
 from elis_gateway.upstream.fleet import Fleet
-from elis_gateway.upstream.http import HttpUpstream, abort, unavailable
+from elis_gateway.upstream.http import CREDENTIALS, HttpUpstream, abort, foreign_refusal, unavailable
 
 __all__ = ["Relay"]
 
@@ -26,25 +26,38 @@ _HOP_BY_HOP = frozenset(
         "transfer-encoding", "upgrade",
     }
 )  # fmt: skip
-_NOT_FROM_CLIENTS = frozenset({"host", "authorization", "x-vllm-priority", "x-data-parallel-rank", "expect"})
+_NOT_FROM_CLIENTS = frozenset({"host", "x-vllm-priority", "x-data-parallel-rank", "expect"})
+_NEVER_OURS = CREDENTIALS | {"x-goog-api-key", "cookie"}
+"""What says who the client is: ours to know, not an upstream's."""
+_NOT_FROM_UPSTREAMS = ("access-control-", "set-cookie", "www-authenticate")
+"""Beginnings of response headers by which an engine would speak for us."""
 _RETRY_AFTER = 5.0
 
 
 class Relay:
     """A handler for requests that are not ours. ``aliases``: client's model name to upstream's."""
 
-    def __init__(self, fleet: Fleet, aliases: Mapping[str, str]) -> None:
+    def __init__(self, fleet: Fleet, aliases: Mapping[str, str], *, body_timeout: float = 0.0) -> None:
         self.aliases = dict(aliases)
         self._fleet = fleet
+        self._body_timeout = body_timeout
         self._in_flight: dict[str, int] = {}
 
-    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Relay one request. Raises ``GatewayError`` while nothing was sent to the client."""
+    async def __call__(
+        self, request: web.BaseRequest, may_use: Callable[..., bool] | None = None
+    ) -> web.StreamResponse:
+        """Relay one request. Raises ``GatewayError`` while nothing was sent to the client.
+
+        ``may_use``: whether a model may be asked for, under any of its names; None: all may. Then a request has to name
+        its model where it can be read.
+        """
         body: bytes | None = None
         model: str | None = None
         if request.can_read_body and request.content_type == "application/json":
             # Only JSON names its model where it can be found cheaply; it is small enough to be sent again, too.
-            body, model = self._with_model(await request.read())
+            body, model = self._with_model(await self._body(request), may_use)
+        if may_use is not None and model is None:
+            raise Forbidden("this key is for certain models only, and the request does not name one")
         streamed = body is None and request.can_read_body
         upstreams = self._candidates(model)
         for last, upstream in zip(range(len(upstreams) - 1, -1, -1), upstreams, strict=True):
@@ -56,7 +69,14 @@ class Relay:
                     raise
         raise AssertionError("unreachable: there is at least one candidate")
 
-    def _with_model(self, body: bytes) -> tuple[bytes, str | None]:
+    async def _body(self, request: web.BaseRequest) -> bytes:
+        try:
+            async with asyncio.timeout(self._body_timeout or None):
+                return await request.read()
+        except TimeoutError:
+            raise ClientError("the request body took too long to arrive", code="request_timeout") from None
+
+    def _with_model(self, body: bytes, may_use: Callable[..., bool] | None) -> tuple[bytes, str | None]:
         try:
             fields = orjson.loads(body)
         except orjson.JSONDecodeError:
@@ -64,8 +84,11 @@ class Relay:
         model = fields.get("model") if isinstance(fields, dict) else None
         if not isinstance(model, str):
             return body, None
-        if model in self.aliases:
-            fields["model"] = model = self.aliases[model]
+        if may_use is not None and not may_use(model, self.aliases.get(model, model)):
+            raise ModelNotFound(model)
+        if model in self.aliases or may_use is not None:
+            # Written anew for a key with models of its own, too: of two fields `model` the engine might read the other.
+            fields["model"] = model = self.aliases.get(model, model)
             try:
                 body = orjson.dumps(fields)
             except orjson.JSONEncodeError as error:
@@ -106,17 +129,22 @@ class Relay:
                 allow_redirects=False,
                 timeout=timeout,
             )
-            response = web.StreamResponse(
-                status=answer.status, reason=answer.reason, headers=_without_hop(answer.headers)
-            )
+            if answer.status in (401, 407) and not upstream.settings.forward_credentials:
+                # It is our key that was refused, and its words may quote it.
+                raise foreign_refusal(upstream.id, answer.status)
+            given = _response_headers(answer.headers)
+            given.update(getattr(request, "beside", {}))
+            response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=given)
             await response.prepare(request)
             async for chunk in answer.content.iter_any():
                 await response.write(chunk)
             await response.write_eof()
             answer.release()
-        except (aiohttp.ClientError, OSError, asyncio.CancelledError) as error:
+        except (aiohttp.ClientError, OSError, asyncio.CancelledError, UpstreamError) as error:
             if answer is not None:
                 abort(answer)
+            if isinstance(error, UpstreamError):
+                raise
             if response is None and not isinstance(error, asyncio.CancelledError):
                 raise unavailable(upstream.id, error) from error
             if isinstance(error, aiohttp.ClientError) and request.transport is not None:
@@ -130,12 +158,23 @@ class Relay:
 
 def _request_headers(given: Mapping[str, str], upstream: HttpUpstream) -> CIMultiDict[str]:
     headers = _without_hop(given)
+    forward = upstream.settings.forward_credentials
     for name in list(headers):
         lower = name.lower()
-        if lower in _NOT_FROM_CLIENTS or lower.startswith("x-elis-"):
+        if forward and lower in CREDENTIALS:
+            continue
+        if lower in _NOT_FROM_CLIENTS or lower in _NEVER_OURS or lower.startswith("x-elis-"):
             headers.popall(name, None)
-    if (key := upstream.headers().get("Authorization")) is not None:
+    key = upstream.headers().get("Authorization")
+    if key is not None and not (forward and CREDENTIALS & {name.lower() for name in headers}):
         headers["Authorization"] = key
+    return headers
+
+
+def _response_headers(given: Mapping[str, str]) -> CIMultiDict[str]:
+    headers = _without_hop(given)
+    for name in {name for name in headers if name.lower().startswith(_NOT_FROM_UPSTREAMS)}:
+        headers.popall(name)
     return headers
 
 

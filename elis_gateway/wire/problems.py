@@ -10,9 +10,11 @@ import orjson
 from elis_gateway.errors import (
     ClientError,
     GatewayError,
+    MethodNotAllowed,
     ModelNotFound,
     Overloaded,
     ShuttingDown,
+    Unauthorized,
     UpstreamError,
     UpstreamRefused,
 )
@@ -36,6 +38,10 @@ def problem(error: GatewayError) -> Problem:
     retry_after = getattr(error, "retry_after", None)
     if retry_after is not None:
         headers["Retry-After"] = str(max(1, ceil(retry_after)))
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, MethodNotAllowed):
+        headers["Allow"] = ", ".join(error.allowed)
     if isinstance(error, UpstreamRefused) and _is_json(error.body):
         return Problem(error.status, headers, error.body)
     return Problem(status(error), headers, orjson.dumps(error_body(error)))
@@ -70,8 +76,12 @@ def reason(error: GatewayError) -> str:
     return _code(error) or "invalid_request"
 
 
-_CLIENT_CODES = {"invalid_api_key": 401, "insufficient_permissions": 403, "request_too_large": 413}
+_CLIENT_CODES = {
+    "invalid_api_key": 401, "insufficient_permissions": 403, "not_found": 404, "method_not_allowed": 405,
+    "request_timeout": 408, "request_too_large": 413,
+}  # fmt: skip
 _OVERLOADED = {"unavailable": 503, "shutdown": 503, "no_upstream": 503, "queue_ttl": 503, "deadline": 504}
+_OWN_LIMITS = ("rate_limit", "concurrency")
 _TIMEOUTS = ("stall", "timeout")
 
 
@@ -109,7 +119,7 @@ def _code(error: GatewayError) -> str | None:
     if isinstance(error, ClientError):
         return error.code
     if isinstance(error, Overloaded):
-        return "overloaded"
+        return "rate_limit_exceeded" if error.cause in _OWN_LIMITS else "overloaded"
     if isinstance(error, ShuttingDown):
         return "shutting_down"
     return f"upstream_{error.cause}" if isinstance(error, UpstreamError) else "internal_error"

@@ -23,6 +23,7 @@ class Engine:
         self.headers: CIMultiDict[str] = CIMultiDict()
         self.path = ""
         self.bodies: list[bytes] = []
+        self.extra: dict[str, str] = {}
         self._runner: web.AppRunner | None = None
 
     async def start(self) -> str:
@@ -49,7 +50,7 @@ class Engine:
         self.headers = request.headers.copy()
         self.path = request.path_qs
         self.bodies.append(b"")
-        response = web.StreamResponse(status=201, headers={"X-Engine": self.model, "Keep-Alive": "5"})
+        response = web.StreamResponse(status=201, headers={"X-Engine": self.model, "Keep-Alive": "5", **self.extra})
         await response.prepare(request)
         async for piece in request.content.iter_any():
             self.bodies[-1] += piece
@@ -99,6 +100,18 @@ async def test_headers_of_one_hop_and_of_scheduling_do_not_pass() -> None:
         assert names.isdisjoint({"x-vllm-priority", "x-data-parallel-rank", "x-elis-class", "authorization", "x-mine"})
         assert engine.headers["X-Other"] == "2"
         assert engine.headers["Accept-Encoding"] == "gzip"
+
+
+async def test_who_the_client_is_does_not_pass_and_the_engine_does_not_speak_for_us() -> None:
+    sent = {"Authorization": "Bearer c", "api-key": "c", "X-Api-Key": "c", "Cookie": "a=c", "X-Goog-Api-Key": "c"}
+    async with behind("a") as (url, (engine,), session):
+        engine.extra = {"Access-Control-Allow-Origin": "*", "Set-Cookie": "a=b", "X-Engine-Own": "1"}
+        async with session.post(url + "/v1/embeddings", data=b"{}", headers=sent) as response:
+            await response.read()
+            assert "Access-Control-Allow-Origin" not in response.headers
+            assert "Set-Cookie" not in response.headers
+            assert response.headers["X-Engine-Own"] == "1"
+        assert {name.lower() for name in engine.headers}.isdisjoint({name.lower() for name in sent})
 
 
 async def test_the_model_decides_where_and_aliases_are_translated() -> None:

@@ -1,0 +1,106 @@
+"""aiohttp's server with errors of ours: what it refuses before a handler sees it is OpenAI-shaped JSON, too.
+
+Knows: malformed requests, bugs that reached the top, heads that never come to their end. Never: routes, keys, jobs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from elis_gateway.errors import ClientError, GatewayError
+from elis_gateway.wire.problems import problem
+
+__all__ = ["Listener", "Request"]
+
+_log = logging.getLogger("elis_gateway.listener")
+
+
+class Request(web.BaseRequest):
+    """A request, and the headers that its response is to carry whatever it will be."""
+
+    ATTRS = web.BaseRequest.ATTRS | frozenset({"beside"})
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.beside: Mapping[str, str] = {}
+
+
+class Listener(web.Server):
+    """The public listener's protocol factory. ``head_timeout``: seconds a request's head may take; 0: any."""
+
+    def __init__(self, handler: Any, *, head_timeout: float = 0.0, **options: Any) -> None:
+        super().__init__(handler, **options)
+        self.head_timeout = head_timeout
+
+    def __call__(self) -> web.RequestHandler:
+        return _Connection(self, loop=self._loop, **self._kwargs)
+
+
+class _Connection(web.RequestHandler):
+    """One client connection."""
+
+    __slots__ = ("_head_timeout", "_head_timer")
+
+    def __init__(self, manager: Listener, *, loop: asyncio.AbstractEventLoop, **options: Any) -> None:
+        super().__init__(manager, loop=loop, **options)
+        self._head_timeout = manager.head_timeout
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def data_received(self, data: bytes) -> None:
+        before = self._request_count
+        super().data_received(data)
+        if self._head_timeout <= 0:
+            return
+        if self._request_count != before:
+            self._stop_timer()
+        elif self._head_timer is None and not self._request_in_progress and not self._messages:
+            # The beginning of a head, byte by byte perhaps: all of it has to be here in time.
+            self._head_timer = self._loop.call_later(self._head_timeout, self._too_slow)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _too_slow(self) -> None:
+        self._head_timer = None
+        if not self._request_in_progress:
+            self.force_close()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """The response for what no handler answered; the connection closes after it."""
+        error: GatewayError
+        if status < 500:
+            _log.debug("malformed request from %s: %s", request.remote, exc)
+            error = ClientError(f"malformed HTTP request: {_words(exc, message)}", code="bad_request")
+        else:
+            _log.error("a bug of ours answering %s", request.remote, exc_info=exc)
+            error = GatewayError("internal error")
+        if request.writer.output_size > 0:
+            raise ConnectionError("part of a response is out, an error cannot follow it")
+        answer = problem(error)
+        response = web.Response(status=answer.status, body=answer.body, headers=answer.headers)
+        response.force_close()
+        return response
+
+
+def _words(error: BaseException | None, message: str | None) -> str:
+    """What is wrong, in one line, without quoting the client's bytes back."""
+    text = error.message if isinstance(error, HttpProcessingError) else message or ""
+    return (text.splitlines() or ["it cannot be read"])[0].rstrip(": ") or "it cannot be read"
