@@ -81,6 +81,12 @@ class Gateway:
                 "elis_seconds_per_token": self._paces,
                 "elis_seam_tokens": lambda: [((), self.core.seam_tokens)],
                 "elis_order_jct_seconds": self._orders,
+                "elis_prompts_total": lambda: [((k,), n) for k, n in getattr(self.predictor, "counts", {}).items()],
+                "elis_estimate_mae_tokens": lambda: [((s.model,), s.mae) for s in self._scores()],
+                "elis_estimate_bias_tokens": lambda: [((s.model,), s.bias) for s in self._scores()],
+                "elis_estimate_coverage": lambda: [((s.model,), s.coverage) for s in self._scores()],
+                "elis_estimate_tau": self._taus,
+                "elis_estimate_trusted": lambda: [((s.model,), float(s.trusted)) for s in self._scores()],
                 "elis_order_jobs": lambda: [((m,), pool.shadow.settled) for m, pool in self.core.pools.items()],
                 "elis_longest_wait_seconds": lambda: [((), self._live.longest_wait(self._loop.time()))],
                 "elis_upstream_up": lambda: [((u["id"],), float(u["up"])) for u in self.fleet.describe()],
@@ -157,6 +163,8 @@ class Gateway:
     def _save(self) -> None:
         if self.predictor is None:
             return
+        if (close := getattr(self.predictor, "close", None)) is not None:
+            close()
         try:
             self.predictor.save()
         except OSError as error:
@@ -251,6 +259,16 @@ class Gateway:
     def _paces(self) -> Iterable[tuple[tuple[str, ...], float]]:
         return [((model,), pool.seconds_per_token) for model, pool in self.core.pools.items() if pool.upstreams]
 
+    def _scores(self) -> Iterable[Any]:
+        """How good recent estimates were, where the predictor keeps such books."""
+        scores = getattr(self.predictor, "scores", None)
+        return [] if scores is None else scores()
+
+    def _taus(self) -> Iterable[tuple[tuple[str, ...], float]]:
+        for score in self._scores():
+            yield (score.model, "estimates"), score.tau
+            yield (score.model, "history"), score.tau_history
+
     def _orders(self) -> Iterable[tuple[tuple[str, ...], float]]:
         for model, pool in self.core.pools.items():
             shadow = pool.shadow
@@ -313,6 +331,7 @@ class Gateway:
         applied: list[str] = []
         old = self.config
         new_keys = self._check(new)
+        swapped = await self._swap_model(new)
         changed = [n for n in _ORDERING if getattr(new.scheduler, n) != getattr(self._ordering, n)]
         if changed:
             self._use_policy(new.scheduler)
@@ -336,11 +355,22 @@ class Gateway:
         if new.upstreams != old.upstreams:
             await self._change_upstreams(old, new)
             applied.append("upstreams")
+        if swapped:
+            applied.append("predictor.path")
         restart = _needs_restart(old, new)
+        if hasattr(self.predictor, "swap") and _but_for_path(old.predictor) == _but_for_path(new.predictor):
+            restart = [name for name in restart if name != "predictor"]
         _log.info(
             "configuration read again; applied: %s; needs a restart: %s", applied or "nothing", restart or "nothing"
         )
         return {"applied": applied, "needs_restart": restart}
+
+    async def _swap_model(self, new: Config) -> bool:
+        """Another model folder, or the same with other contents, if the predictor can take it. Raises ConfigError."""
+        swap = getattr(self.predictor, "swap", None)
+        if swap is None or new.predictor.kind != self.config.predictor.kind:
+            return False
+        return bool(await swap(getattr(new.predictor, "path", None)))
 
     def _check(self, new: Config) -> tuple[config_module.ApiKey, ...]:
         """All or nothing: what could only fail half-way, a key or a certificate that is not there, is tried first."""
@@ -373,6 +403,10 @@ class Gateway:
         for settings in self.config.upstreams:
             if settings.name == name:
                 await self.fleet.add(settings)
+
+
+def _but_for_path(predictor: Any) -> dict[str, Any]:
+    return dict(predictor.model_dump(exclude={"path"}))
 
 
 def _needs_restart(old: Config, new: Config) -> list[str]:

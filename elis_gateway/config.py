@@ -477,6 +477,38 @@ class HistoryPredictor(Section):
     """Applications remembered, the least recently used forgotten first (about 10 KB each)."""
 
 
+class BgePredictor(Section):
+    """A trained model, corrected by what the served traffic teaches. Needs the extra `cpu` or `gpu`; without it, or
+    where no model is installed, the gateway says so once and uses the history alone."""
+
+    kind: Literal["bge"]
+    path: Path | None = None
+    """Folder of a model (`elis-gateway predictor export` writes them), or the name of a shipped one. `encode-once`:
+    the prompt is encoded once per request, nobody waits for it. `elis-paper`, the published method: prompt and
+    answer so far are encoded after every window, and the scheduler waits for that up to the deadline. Default:
+    encode-once. Read again on reload."""
+    deadline: Seconds = 0.5
+    """Longest wait for the encoder. A prompt whose turn would come later is not encoded: the estimate then rests
+    on the text's counters and the history."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the encoder runs. auto: CUDA where onnxruntime has it."""
+    threads: Annotated[int, Field(ge=1)] = 1
+    """Threads of the encoder on the CPU."""
+    learn: bool = True
+    """Learn from every finished request: lengths, how far predictions were off, what kinds of prompt lead to what.
+    Numbers only, never text."""
+    state: Path | None = None
+    """File that keeps what was learned across restarts. Default: memory only."""
+    strength: Annotated[float, Field(gt=0)] = 8.0
+    """Answers that what is known of all applications counts as, when one application's own are few."""
+    horizon: Annotated[float, Field(ge=1)] = 1000.0
+    """Newer answers of the same application after which one counts 1/e."""
+    max_apps: Annotated[int, Field(ge=1)] = 256
+    """Applications with a regression of their own, the least recently used forgotten first (about 170 KB each)."""
+    cached_prompts: Annotated[int, Field(ge=1)] = 4096
+    """Prompts whose embedding is remembered (about 2 KB each)."""
+
+
 class ExternalPredictor(Section):
     """Code of your own."""
 
@@ -494,8 +526,9 @@ Predictor = Annotated[
     | Annotated[MaxTokensPredictor, Tag("max_tokens")]
     | Annotated[OraclePredictor, Tag("oracle")]
     | Annotated[HistoryPredictor, Tag("history")]
+    | Annotated[BgePredictor, Tag("bge")]
     | Annotated[ExternalPredictor, Tag(EXTERNAL)],
-    _kind(("none", "constant", "max_tokens", "oracle", "history"), "predictors"),
+    _kind(("none", "constant", "max_tokens", "oracle", "history", "bge"), "predictors"),
     BeforeValidator(_by_name),
 ]
 
@@ -535,7 +568,7 @@ class Config(Section):
     models: dict[Name, Name] = {}
     """Aliases: the name a client may ask for, and the model it gets."""
     scheduler: Scheduler = Scheduler()
-    predictor: Predictor = HistoryPredictor(kind="history")
+    predictor: Predictor = BgePredictor(kind="bge")
     """Where estimates come from."""
     auth: Auth = Auth()
     limits: Limits = Limits()

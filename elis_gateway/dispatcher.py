@@ -101,7 +101,8 @@ class Dispatcher:
         estimate_deadline: float = 0.5,
     ) -> None:
         self.core = core
-        self._estimator = Estimator(predictor, self._estimated, deadline=estimate_deadline)
+        self._tell_missed = overriding(observers, "estimate_missed")
+        self._estimator = Estimator(predictor, self._estimated, deadline=estimate_deadline, missed=self._missed)
         self.flights: dict[str, Flight] = {}
         """Every job that is not over, by id."""
         self._upstreams = upstreams
@@ -238,6 +239,10 @@ class Dispatcher:
             for estimated in self._tell_estimated:
                 estimated(flight, seconds)
         self._perform(self.core.estimated(job.spec.id, estimate, self._loop.time()))
+
+    def _missed(self, flight: Flight, why: str) -> None:
+        for estimate_missed in self._tell_missed:
+            estimate_missed(flight, why)
 
     def _preempt(self, action: Preempt) -> None:
         call = self._calls[action.slice_id]

@@ -1,6 +1,7 @@
 """Asks the predictor for the driver: at once where it answers at once, in a task with a deadline where it takes long.
 
 Knows: views, deadlines, what an estimate is worth that comes late. Never: what becomes of it, which predictor it is.
+Predictors may be anybody's code: one that raises, or answers nonsense, costs estimates and no request.
 """
 
 from __future__ import annotations
@@ -8,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from math import isfinite
 
 from elis_gateway.core.job import Estimate, Job, JobState, Outcome
 from elis_gateway.flight import Flight
-from elis_gateway.predictor.base import Predictor, View
+from elis_gateway.predictor.base import Predictor, View, clamp
 from elis_gateway.tasks import spawn
 
 __all__ = ["Estimator"]
@@ -20,16 +22,22 @@ _log = logging.getLogger("elis_gateway.jobs")
 
 Answered = Callable[[Flight, Job, Estimate | None, float], None]
 """Told every estimate (None: there is none, count the old one down) and the seconds it took."""
+Missed = Callable[[Flight, str], None]
+"""Told why an estimate that was asked for is not there: ``late``, ``failed``, ``absurd``."""
 
 
 class Estimator:
     """One per driver. ``answered`` hears an answer to every ``ask``, and perhaps a better one after it."""
 
-    def __init__(self, predictor: Predictor | None, answered: Answered, *, deadline: float) -> None:
+    def __init__(
+        self, predictor: Predictor | None, answered: Answered, *, deadline: float, missed: Missed | None = None
+    ) -> None:
         self._predictor = predictor
         self._answered = answered
+        self._missed = missed or (lambda flight, why: None)
         self._deadline = deadline
         self._loop = asyncio.get_running_loop()
+        self._wants: Callable[[View], bool] | None = getattr(predictor, "wants_refining", None)
 
     def ask(self, flight: Flight, job: Job) -> None:
         """How much is left of this job?"""
@@ -39,8 +47,14 @@ class Estimator:
             return
         asked = self._loop.time()
         view = _view(flight, job, predictor)
-        estimate = predictor.instant(view)
-        if predictor.refines:
+        estimate: Estimate | None = None
+        try:
+            estimate = predictor.instant(view)
+            wanted = predictor.refines and (self._wants is None or self._wants(view))
+        except Exception:  # noqa: BLE001 (anybody's code: logged and counted)
+            self._failed(flight, job)
+            wanted = False
+        if wanted:
             if not flight.refining:
                 flight.refining = True
                 spawn(self._refine(flight, job, view, predictor), name=f"refine {job.spec.id}")
@@ -52,7 +66,10 @@ class Estimator:
         """The job is over. An answer that was cut off, by whatever, is a lower bound."""
         if self._predictor is not None and job.first_run is not None:
             complete = job.outcome is Outcome.COMPLETED and flight.answer.finish_reason != "length"
-            self._predictor.learn(_view(flight, job, self._predictor), complete=complete)
+            try:
+                self._predictor.learn(_view(flight, job, self._predictor), complete=complete)
+            except Exception:  # noqa: BLE001
+                _log.exception("request %s: the predictor could not learn from it", job.spec.id)
 
     async def _refine(self, flight: Flight, job: Job, view: View, predictor: Predictor) -> None:
         """A better estimate, or none by the deadline. Tokens that arrived meanwhile are counted down from it."""
@@ -63,20 +80,22 @@ class Estimator:
                 estimate = (await predictor.refine([view]))[0]
         except TimeoutError:
             _log.debug("request %s: no estimate within %g s", job.spec.id, self._deadline)
-        except (ValueError, RuntimeError, OSError) as error:
-            _log.warning("request %s: the predictor failed: %s", job.spec.id, error)
-        except Exception:
-            # Anybody's code: raised and logged, but the job must not wait for ever for an answer.
-            flight.refining = False
-            self._answer(flight, job, None, asked)
-            raise
+            self._missed(flight, "late")
+        except Exception:  # noqa: BLE001
+            self._failed(flight, job)
         finally:
             flight.refining = False
         if estimate is not None and (since := job.attained - view.attained) > 0:
-            estimate = estimate._replace(remaining=max(estimate.remaining - since, 1.0))
+            estimate = estimate._replace(remaining=estimate.remaining - since if estimate.remaining > since else 1.0)
         self._answer(flight, job, estimate, asked)
 
+    def _failed(self, flight: Flight, job: Job) -> None:
+        _log.exception("request %s: the predictor failed", job.spec.id)
+        self._missed(flight, "failed")
+
     def _answer(self, flight: Flight, job: Job, estimate: Estimate | None, asked: float) -> None:
+        if estimate is not None:
+            estimate = self._sane(flight, job, estimate)
         if estimate is not None and job.state is not JobState.DONE:
             if _log.isEnabledFor(logging.DEBUG):
                 _log_estimate(flight, job, estimate)
@@ -84,6 +103,22 @@ class Estimator:
             if flight.first_estimate is None:
                 flight.first_estimate = estimate
         self._answered(flight, job, estimate, self._loop.time() - asked)
+
+    def _sane(self, flight: Flight, job: Job, estimate: Estimate) -> Estimate | None:
+        """Within 1 .. what is allowed. What is no number at all is no estimate."""
+        remaining, gittins = estimate.remaining, estimate.gittins
+        allowed = job.allowed
+        most = float("inf") if allowed is None else max(allowed, 1)
+        if 1.0 <= remaining <= most and remaining < float("inf") and (gittins is None or 1.0 <= gittins <= most):
+            return estimate
+        if not isfinite(remaining) or (gittins is not None and not isfinite(gittins)):
+            _log.warning("request %s: absurd estimate %r", job.spec.id, estimate)
+            self._missed(flight, "absurd")
+            return None
+        return estimate._replace(
+            remaining=float(clamp(remaining, allowed)),
+            gittins=None if gittins is None else float(clamp(gittins, allowed)),
+        )
 
 
 def _view(flight: Flight, job: Job, predictor: Predictor) -> View:

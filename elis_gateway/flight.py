@@ -98,6 +98,9 @@ class Observer:
     def estimated(self, flight: Flight, seconds: float) -> None:
         """A new estimate stands at the end of ``flight.estimates``; ``seconds``: what it took."""
 
+    def estimate_missed(self, flight: Flight, why: str) -> None:
+        """An estimate that was asked for is not there: ``late``, ``failed`` or ``absurd``."""
+
     def slice_ended(self, flight: Flight, leg: Leg) -> None:
         """An upstream call is over."""
 

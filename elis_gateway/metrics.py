@@ -78,6 +78,38 @@ SERIES = (
     Series(
         "elis_estimate_error_tokens", "histogram", ("model",), "First estimate against the answer, absolute.", _TOKENS
     ),
+    Series(
+        "elis_estimates_missed_total",
+        "counter",
+        ("model", "reason"),
+        "Estimates that were asked for and are not there: `late`, `failed` or `absurd`.",
+    ),
+    Series(
+        "elis_prompts_total",
+        "counter",
+        ("result",),
+        "Prompts by what became of encoding them: `encoded`, `cached`, `shed` (the encoder was busy) or `failed`.",
+    ),
+    Series("elis_estimate_mae_tokens", "gauge", ("model",), "Mean absolute error of recent estimates; model `*`: all."),
+    Series("elis_estimate_bias_tokens", "gauge", ("model",), "Mean of estimated less true, recent estimates."),
+    Series(
+        "elis_estimate_coverage",
+        "gauge",
+        ("model",),
+        "Share of truths within bounds meant for four of five.",
+    ),
+    Series(
+        "elis_estimate_tau",
+        "gauge",
+        ("model", "predictor"),
+        "Kendall's tau of recent estimates and of history's with the truth; model `*`: all together.",
+    ),
+    Series(
+        "elis_estimate_trusted",
+        "gauge",
+        ("model",),
+        "0: history orders recent answers better and is used.",
+    ),
     Series("elis_jobs_live", "gauge", (), "Jobs that are not over."),
     Series("elis_jobs_waiting", "gauge", (), "Jobs waiting for a slot."),
     Series("elis_longest_wait_seconds", "gauge", (), "How long the job waits that has waited longest."),
@@ -167,6 +199,7 @@ class Metrics(Collector, Observer):
         self._refusals: dict[str, int] = {}
         self._lag = _Histogram(_SHORT)
         self._estimate_seconds = _Histogram(_SHORT)
+        self._missed: dict[Labels, int] = {}
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -194,6 +227,11 @@ class Metrics(Collector, Observer):
         """A new estimate, and what it took."""
         self._model(flight.spec.model).estimates += 1
         self._estimate_seconds.observe(seconds)
+
+    def estimate_missed(self, flight: Flight, why: str) -> None:
+        """An estimate that is not there."""
+        key = (flight.spec.model, why)
+        self._missed[key] = self._missed.get(key, 0) + 1
 
     def slice_ended(self, flight: Flight, leg: Leg) -> None:
         """An upstream call is over."""
@@ -283,6 +321,8 @@ class Metrics(Collector, Observer):
             "elis_windows_total": [((name,), float(m.windows)) for name, m in models],
             "elis_preemptions_total": [((name,), float(m.preemptions)) for name, m in models],
             "elis_estimates_total": [((name,), float(m.estimates)) for name, m in models],
+            "elis_estimates_missed_total": [(k, float(v)) for k, v in self._missed.items()],
+            "elis_prompts_total": list(self._read("elis_prompts_total")),
             "elis_slices_total": [(k, float(v)) for k, v in self._ends.items()],
             "elis_failovers_total": [((k,), float(v)) for k, v in self._failovers.items()],
             "elis_refusals_total": [((k,), float(v)) for k, v in self._refusals.items()],

@@ -32,7 +32,8 @@ class Predictor(Protocol):
     reads_text: bool
     """Whether views must carry the prompt and answer text."""
     refines: bool
-    """Whether ``refine`` may improve on ``instant``; False spares the driver a task."""
+    """Whether ``refine`` may improve on ``instant``; False spares the driver a task. A predictor that also has a method
+    ``wants_refining(view) -> bool`` is asked for each view."""
 
     def instant(self, view: View) -> Estimate | None:
         """An estimate in microseconds, on the event loop; None: none yet (the old one is counted down)."""

@@ -83,6 +83,10 @@ class Prediction(NamedTuple):
     mean: float
     gittins: float
     median: float
+    low: float
+    """One in ten is shorter."""
+    high: float
+    """One in ten is longer."""
     scale: float
     """The line's prediction, uncut; the spread is relative to it."""
     attained: int
@@ -115,7 +119,7 @@ class Learner:
 
     def _shape(self, features: int, reduced: int, layout: str) -> None:
         self.features, self.reduced, self.layout = features, reduced, layout
-        self._inputs = _FIXED + features + reduced
+        self.inputs = _FIXED + features + reduced
         self._penalty: Vector = np.concatenate(
             [_PENALTY_FIXED, np.full(features, _PENALTY_FEATURES), np.full(reduced, _PENALTY_REDUCED)]
         )
@@ -123,7 +127,7 @@ class Learner:
 
     def clear(self) -> None:
         """Forget all but the history."""
-        self._all = _Level(None, self._inputs, 0)
+        self._all = _Level(None, self.inputs, 0)
         self._models: OrderedDict[str, _Level] = OrderedDict()
         self._apps: OrderedDict[tuple[str, str], _Level] = OrderedDict()
 
@@ -137,11 +141,10 @@ class Learner:
         ratio = float(inputs @ level.coefficients)
         scale = exp(min(max(anchor + ratio, 0.0), 13.0))
         kind = _kind(sight)
-        mean, gittins, median = level.spreads[kind](scale, sight.allowed)
-        return Prediction(mean, gittins, median, scale, sight.attained, anchor, inputs, kind)
+        return Prediction(*level.spreads[kind](scale, sight.allowed), scale, sight.attained, anchor, inputs, kind)
 
     def _vector(self, sight: Sight, anchor: float) -> Vector:
-        inputs = np.zeros(self._inputs)
+        inputs = np.zeros(self.inputs)
         inputs[0] = 1.0
         inputs[1] = anchor - _ANCHOR
         if sight.shipped is not None:
@@ -159,11 +162,13 @@ class Learner:
         if (features, reduced, layout) != (self.features, self.reduced, self.layout):
             self._shape(features, reduced, layout)
 
-    def save(self, path: Path) -> None:
-        """Write everything to one file, at once or not at all. Raises OSError."""
+    def save(self, path: Path, more: Mapping[str, Any] | None = None) -> None:
+        """Write everything to one file, at once or not at all; ``more``: what JSON can hold, to be kept beside it.
+        Raises OSError."""
         levels = [self._all, *self._models.values(), *self._apps.values()]
         names = {
             "version": _VERSION,
+            "more": more or {},
             "layout": self.layout,
             "history": self.history.dump(),
             "models": list(self._models),
@@ -177,9 +182,9 @@ class Learner:
             os.fsync(file.fileno())
         temporary.replace(path)
 
-    def load(self, path: Path) -> None:
-        """Take up what was saved. A file that cannot be read costs what was learned, not the service; of one that was
-        saved with another model, the history is taken."""
+    def load(self, path: Path) -> dict[str, Any]:
+        """Take up what was saved, and give back what was kept beside it. A file that cannot be read costs what was
+        learned, not the service; of one that was saved with another model, the history is taken."""
         try:
             with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 names = json.loads(file["names"].tobytes())
@@ -190,12 +195,14 @@ class Learner:
                     self._restore(names, file)
                 else:
                     _log.info("learned state %s: made with another model; its history is kept", path)
+                return dict(names["more"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
             _log.warning(
                 "learned state %s cannot be read (%s: %s): starting without it", path, type(error).__name__, error
             )
             self.history.forget()
             self.clear()
+            return {}
 
     def _restore(self, names: dict[str, Any], file: Mapping[str, Any]) -> None:
         arrays = {name: file[name] for name in self._all.numbers()}
@@ -214,7 +221,7 @@ class Learner:
                 level = self._app(*key)
             level.restore({name: array[at] for name, array in arrays.items()})
         for level in (self._all, *self._models.values(), *self._apps.values()):
-            level.solve(self._penalty)
+            level.solve(self._penalty, self.reduced)
 
     # ---- told ---------------------------------------------------------------------------------------------------
 
@@ -230,7 +237,7 @@ class Learner:
         for level, weight in self._levels(model, app):
             level.learn(made, tokens, complete, weight, self._decay)
             if level.stale:
-                level.solve(self._penalty)
+                level.solve(self._penalty, self.reduced)
 
     def _levels(self, model: str, app: str) -> list[tuple[_Level, float]]:
         """All, the model, the application, and what one answer of this application counts there."""
@@ -242,7 +249,7 @@ class Learner:
     def _model(self, model: str) -> _Level:
         known = self._models.get(model)
         if known is None:
-            known = self._models[model] = _Level(self._all, self._inputs, 1)
+            known = self._models[model] = _Level(self._all, self.inputs, 1)
             if len(self._models) > self._max_apps:
                 self._models.popitem(last=False)
         else:
@@ -252,7 +259,7 @@ class Learner:
     def _app(self, model: str, app: str) -> _Level:
         known = self._apps.get((model, app))
         if known is None:
-            known = self._apps[model, app] = _Level(self._model(model), self._inputs, 2)
+            known = self._apps[model, app] = _Level(self._model(model), self.inputs, 2)
             if len(self._apps) > self._max_apps:
                 self._apps.popitem(last=False)
         else:
@@ -363,8 +370,9 @@ class _Level:
         self.to_all.given, self.to_model.given = shares[0], shares[2]
         self.to_all.at, self.to_model.at = int(shares[1]), int(shares[3])
 
-    def solve(self, penalty: Vector) -> None:
-        """The line anew, from what was gathered and from the level above."""
+    def solve(self, penalty: Vector, reduced: int) -> None:
+        """The line anew, from what was gathered and from the level above. The last ``reduced`` inputs, principal
+        components, share one variance: the smaller ones are to count less."""
         self.due = self.count + 1 + int(0.05 * min(self.count, 1000))
         total = self.moments[0, 0]
         if total <= 0.0:
@@ -372,8 +380,10 @@ class _Level:
         believed = self.parent.coefficients if self.parent is not None else _first(len(penalty))
         variance = self.moments.diagonal() / total - (self.moments[0] / total) ** 2
         variance[:_FIXED] = 1.0
+        if reduced:
+            variance[-reduced:] = variance[-reduced:].mean()
         # An input that never varied has nothing to say; the floor keeps its coefficient where it was.
-        lean = penalty * np.maximum(variance, 1e-4) * _STEPS[self.depth]
+        lean = penalty * np.maximum(variance, 1e-5) * _STEPS[self.depth]
         left = self.moments.copy()
         left.flat[:: len(left) + 1] += lean
         self.coefficients = np.linalg.solve(left, self.with_target + lean * believed)
@@ -452,14 +462,18 @@ class _Spread:
         centres = _LOW + (np.arange(at, _BINS) + 0.5) * _STEP
         return max(float(share @ centres), off), 1.0 - float(left)
 
-    def __call__(self, scale: float, allowed: int | None) -> tuple[float, float, float]:
+    def __call__(self, scale: float, allowed: int | None) -> _Shape:
         return self.current()(scale, allowed)
 
 
-class _Table:
-    """Mean, Gittins index and median of ``scale`` times the ratio, cut off anywhere."""
+_Shape = tuple[float, float, float, float, float]
+"""Mean, Gittins index, median, and the bounds of the four fifths in the middle."""
 
-    __slots__ = ("index", "mean", "means", "median", "survival")
+
+class _Table:
+    """``scale`` times the ratio, cut off anywhere: mean, Gittins index and three quantiles."""
+
+    __slots__ = ("index", "mean", "means", "quantiles", "survival")
 
     def __init__(self, hazards: Vector) -> None:
         kept = 1.0 - np.minimum(hazards, 0.999999)
@@ -475,23 +489,29 @@ class _Table:
         self.means: list[float] = means.tolist()
         self.index: list[float] = np.minimum.accumulate(slopes).tolist()
         self.mean = self.means[-1]
-        self.median = float(_RATIOS[int(np.searchsorted(-survival, -0.5))])
+        self.quantiles: list[float] = _RATIOS[np.searchsorted(-survival, (-0.5, -0.9, -0.1))].tolist()
 
-    def __call__(self, scale: float, allowed: int | None) -> tuple[float, float, float]:
-        mean, index, median = self.mean * scale, self.index[-1] * scale, self.median * scale
+    def __call__(self, scale: float, allowed: int | None) -> _Shape:
+        mean, index = self.mean * scale, self.index[-1] * scale
         if allowed is not None and allowed < scale * _HIGHEST:
             cut = allowed / scale
             at = (log(cut) - _LOW) / _STEP if cut > 0.0 else 0.0
             if at <= 0.0:
-                mean = index = median = float(allowed)
+                mean = index = float(allowed)
             else:
                 i = min(int(at), _BINS - 1)
                 into = (cut - _EDGES[i]) / (_EDGES[i + 1] - _EDGES[i])
                 mean = scale * (self.means[i] + into * (self.means[i + 1] - self.means[i]))
                 index = min(scale * self.index[i], mean)
-                median = min(median, float(allowed))
         most = float("inf") if allowed is None else max(float(allowed), 1.0)
-        return _within(mean, most), _within(index, most), _within(median, most)
+        median, low, high = self.quantiles
+        return (
+            _within(mean, most),
+            _within(index, most),
+            _within(median * scale, most),
+            _within(low * scale, most),
+            _within(high * scale, most),
+        )
 
 
 _EDGES: list[float] = _RATIOS.tolist()

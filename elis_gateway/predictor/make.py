@@ -3,25 +3,70 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Literal
 
-from elis_gateway.errors import ConfigError
+from elis_gateway.errors import ConfigError, MissingExtra
 from elis_gateway.predictor.base import Predictor
 from elis_gateway.predictor.baselines import Constant, MaxTokens, Oracle
 from elis_gateway.predictor.history import History
 
 __all__ = ["GROUP", "KINDS", "make_predictor"]
 
+_log = logging.getLogger("elis_gateway.predictor")
+
 GROUP = "elis_gateway.predictors"
 """Entry point group in which other packages offer predictors."""
+
+
+def _bge(
+    path: str | Path | None = None,
+    *,
+    deadline: float = 0.5,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    threads: int = 1,
+    learn: bool = True,
+    state: str | Path | None = None,
+    strength: float = 8.0,
+    horizon: float = 1000.0,
+    max_apps: int = 256,
+    cached_prompts: int = 4096,
+) -> Predictor:
+    """The encoder's family; ``history`` where onnxruntime, or the shipped model, is not there."""
+    try:
+        from elis_gateway.predictor.bge import make
+        from elis_gateway.predictor.onnx import folder_of
+    except (MissingExtra, ModuleNotFoundError) as missing:
+        _log.warning("%s: estimates come from history alone", missing)
+        return History(strength=strength, horizon=horizon)
+    if path is None and not folder_of(None).is_dir():
+        _log.warning("no model is installed at %s: estimates come from history alone", folder_of(None))
+        return History(strength=strength, horizon=horizon)
+    return make(
+        path,
+        deadline=deadline,
+        device=device,
+        threads=threads,
+        learn=learn,
+        state=state,
+        max_apps=max_apps,
+        strength=strength,
+        horizon=horizon,
+        cached_prompts=cached_prompts,
+    )
+
+
 _BUILT_IN: dict[str, Callable[..., Predictor]] = {
     "constant": Constant,
     "max_tokens": MaxTokens,
     "oracle": Oracle,
     "history": History,
+    "bge": _bge,
 }
 KINDS = ("none", *_BUILT_IN)
 """Names that are always there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from elis_gateway.metrics import SERIES
 from elis_gateway.tasks import spawn
 from elis_gateway.traffic_log import SCHEMA, Row, text_hash
 from tests.gateway.world import COMPLETIONS, World, paced, payloads, read_until, until, world
+from tests.predictor import tiny
 
 BODY: dict[str, Any] = {"model": "sim", "prompt": "Tell me", "max_tokens": 120, "ignore_eos": True}
 TABLE = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -130,6 +132,33 @@ async def test_upstreams_and_reload() -> None:
         assert [(u["in_service"], u["token_ids"], u["models"]) for u in found] == [(True, True, ["sim"])]
         async with w.session.post(w.admin + "/admin/reload") as response:
             assert orjson.loads(await response.read()) == {"applied": [], "needs_restart": []}
+
+
+async def test_reload_takes_up_a_retrained_model_and_refuses_a_broken_one(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    folder = tiny.build(tmp_path, name="first")
+    async with world(predictor={"kind": "bge", "path": str(folder)}) as w:
+
+        async def reload(status: int) -> Any:
+            async with w.session.post(w.admin + "/admin/reload") as response:
+                assert response.status == status
+                return orjson.loads(await response.read())
+
+        asking = [spawn(w.ask(COMPLETIONS, {**BODY, "prompt": f"long tale {n}"}), name="ask") for n in range(8)]
+        assert await reload(200) == {"applied": [], "needs_restart": []}
+        tiny.build(tmp_path, name="retrained", bias=6.0)
+        assert await reload(200) == {"applied": ["predictor.path"], "needs_restart": []}
+        (folder / "head.onnx").write_bytes(b"half a file")
+        assert "head.onnx: not the file" in (await reload(400))["error"]
+        await asyncio.gather(*asking)
+        await w.ask(COMPLETIONS, {**BODY, "prompt": "long tale"})
+        predictor: Any = w.gateway.predictor
+        assert predictor.model.manifest.name == "retrained"
+        await until(lambda: predictor.learner.history.median("sim", "", 0) != 200)
+        async with w.session.get(w.admin + "/metrics") as response:
+            page = await response.text()
+        assert 'elis_prompts_total{result="encoded"}' in page
+        assert "elis_estimate_missed_total" not in page
 
 
 @pytest.mark.parametrize("prompts", ["full", "hash", "none"])

@@ -43,6 +43,10 @@ class Log(Observer):
         self.finished_jobs: list[Flight] = []
         self.legs: list[Leg] = []
         self.estimates = 0
+        self.missed: list[str] = []
+
+    def estimate_missed(self, flight: Flight, why: str) -> None:
+        self.missed.append(why)
 
     def estimated(self, flight: Flight, seconds: float) -> None:
         self.estimates += 1
@@ -323,8 +327,8 @@ async def test_an_estimate_made_meanwhile_is_counted_down() -> None:
     flight = desk.submit(220)
     assert await text(flight) == words(220)
     await asyncio.sleep(0.01)
-    # Asked at 50 tokens, answered two windows later.
-    assert flight.estimates == [(0, 200.0), (150, 100.0)]
+    # Asked at 50 tokens, answered two windows later: 100 are left of that, and 70 allowed.
+    assert flight.estimates == [(0, 200.0), (150, 70.0)]
     assert [view.attained for view in predictor.views] == [0, 50, 200]
     assert predictor.views[1].answer == words(50)
     assert predictor.learned == [(220, False)]
@@ -335,6 +339,39 @@ async def test_an_estimate_made_meanwhile_is_counted_down() -> None:
 async def test_a_predictor_that_fails_holds_nobody_up(error: Exception) -> None:
     desk = Desk(predictor=Slow(0.01, error=error))
     assert await text(desk.submit(20)) == words(20)
+
+
+class Hasty(Slow):
+    """Answers at once."""
+
+    refines = False
+
+    def instant(self, view: View) -> Estimate | None:
+        if self.error is not None:
+            raise self.error
+        return Estimate(self.remaining)
+
+
+@jumping
+@pytest.mark.parametrize(
+    ("said", "kept", "missed"),
+    [(float("nan"), [], "absurd"), (float("inf"), [], "absurd"), (-5.0, [(0, 1.0)], None), (1e9, [(0, 20.0)], None)],
+)
+async def test_absurd_estimates_are_bounded_or_none(
+    said: float, kept: list[tuple[int, float]], missed: str | None
+) -> None:
+    desk = Desk(predictor=Hasty(0.0, remaining=said))
+    flight = desk.submit(20)
+    assert await text(flight) == words(20)
+    assert flight.estimates == kept
+    assert desk.log.missed == ([] if missed is None else [missed])
+
+
+@jumping
+async def test_a_predictor_that_raises_at_once_holds_nobody_up() -> None:
+    desk = Desk(predictor=Hasty(0.0, error=KeyError("a bug")))
+    assert await text(desk.submit(20)) == words(20)
+    assert desk.log.missed == ["failed"]
 
 
 @jumping

@@ -112,6 +112,7 @@ async def world(
             "server": {"host": "127.0.0.1", "port": 0, **sections.pop("server", {})},
             "admin": {"port": 0},
             "upstreams": upstreams,
+            "predictor": {"kind": "history"},
             **sections,
         }
         if silent:

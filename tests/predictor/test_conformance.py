@@ -11,8 +11,16 @@ from elis_gateway.predictor import conformance
 from elis_gateway.predictor.base import Estimate, Predictor, View
 from elis_gateway.predictor.baselines import Constant, MaxTokens, NoisyOracle, Oracle, write_lengths
 from elis_gateway.predictor.history import History
+from elis_gateway.predictor.make import make_predictor
+from tests.predictor import tiny
 
 Make = Callable[[], Predictor]
+
+
+def bge(folder: Path, **options: object) -> Predictor:
+    made = make_predictor("bge", path=folder, **options)
+    assert made is not None
+    return made
 
 
 @pytest.fixture
@@ -28,11 +36,13 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
         "noisy_oracle": lambda: NoisyOracle(known, 0.6),
         "history": History,
         "history with a file": lambda: History(tmp_path / "history.json"),
+        "bge": lambda: bge(tiny.build(tmp_path), state=tmp_path / "learned.npz"),
+        "elis-paper": lambda: bge(tiny.build(tmp_path, paper=True)),
     }
     return makers[request.param]
 
 
-NAMES = ("constant", "max_tokens", "oracle", "noisy_oracle", "history", "history with a file")
+NAMES = ("constant", "max_tokens", "oracle", "noisy_oracle", "history", "history with a file", "bge", "elis-paper")
 
 
 @pytest.mark.parametrize("make", NAMES, indirect=True)

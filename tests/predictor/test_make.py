@@ -26,7 +26,7 @@ def test_built_in_kinds(tmp_path: Path) -> None:
     assert isinstance(make_predictor("max_tokens"), MaxTokens)
     assert isinstance(make_predictor("history", path=None), History)
     assert make_predictor("oracle", path=lengths) is not None
-    assert set(KINDS) == {"none", "constant", "max_tokens", "oracle", "history"}
+    assert set(KINDS) == {"none", "constant", "max_tokens", "oracle", "history", "bge"}
 
 
 def test_a_class_of_ones_own() -> None:

@@ -1,0 +1,141 @@
+"""Work for one thread, in small batches: what waits is bounded in time, and nobody waits for what he no longer wants.
+
+Knows: a worker thread, micro-batches, deadlines, when to refuse. Never: which model, jobs, the scheduler.
+
+A batch is whatever is waiting when the thread is free, up to ``max_batch``; there is no waiting for a batch to fill.
+An item whose turn would come later than ``patience`` at the present pace is refused at once (``Busy``), one whose
+``patience`` ran out, or whose asker went away, is skipped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+__all__ = ["Batcher", "Busy"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_SMOOTH = 0.1
+_ALWAYS = 2
+"""Batches that may wait whatever the pace: the first ones have none to go by."""
+
+
+class Busy(RuntimeError):
+    """Too much is waiting, or it waited too long."""
+
+
+class _Item(NamedTuple):
+    what: object
+    answer: asyncio.Future[object]
+    until: float
+
+
+class Batcher(Generic[T, R]):
+    """Made and asked on one event loop; ``work`` runs in a thread of its own."""
+
+    def __init__(
+        self, work: Callable[[Sequence[T]], Sequence[R]], *, max_batch: int, patience: float, name: str = "batcher"
+    ) -> None:
+        """``work``: answers a batch, in order; what it raises, every asker of the batch gets. ``patience``: seconds."""
+        self._work = work
+        self.max_batch = max_batch
+        self.patience = patience
+        self._waiting: deque[_Item] = deque()
+        self._wake = threading.Condition()
+        self.closed = False
+        self._thread: threading.Thread | None = None
+        self._name = name
+        self.pace: float | None = None
+        """Seconds a batch takes, smoothed; None before the first."""
+        self.in_hand = 0
+        """Items being worked on."""
+
+    async def ask(self, what: T) -> R:
+        """Raises Busy, or what ``work`` raised."""
+        loop = asyncio.get_running_loop()
+        batches = len(self._waiting) // self.max_batch + 1
+        if batches > _ALWAYS and (self.pace is None or batches * self.pace > self.patience):
+            raise Busy(f"{len(self._waiting)} are waiting")
+        answer: asyncio.Future[object] = loop.create_future()
+        with self._wake:
+            if self.closed:
+                raise Busy("closed")
+            self._waiting.append(_Item(what, answer, loop.time() + self.patience))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, args=(loop,), name=self._name, daemon=True)
+                self._thread.start()
+            self._wake.notify()
+        return await answer  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """End the thread after the batch in hand. What waits gets ``Busy``."""
+        with self._wake:
+            self.closed = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join(timeout=5.0)
+
+    # ---- the thread ---------------------------------------------------------------------------------------------
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        while True:
+            with self._wake:
+                while not self._waiting and not self.closed:
+                    self._wake.wait()
+                batch, late = self._take(loop.time())
+                closed = self.closed
+            if late and not _tell(loop, late, Busy("waited too long")):
+                return
+            if closed:
+                _tell(loop, batch, Busy("closed"))
+                return
+            if batch and not self._serve(loop, batch):
+                return
+
+    def _take(self, now: float) -> tuple[list[_Item], list[_Item]]:
+        batch: list[_Item] = []
+        late: list[_Item] = []
+        while self._waiting and (self.closed or len(batch) < self.max_batch):
+            item = self._waiting.popleft()
+            if not item.answer.cancelled():
+                (late if now > item.until else batch).append(item)
+        return batch, late
+
+    def _serve(self, loop: asyncio.AbstractEventLoop, batch: list[_Item]) -> bool:
+        begun = loop.time()
+        self.in_hand = len(batch)
+        result: Sequence[R] | Exception
+        try:
+            result = self._work([item.what for item in batch])  # type: ignore[misc]
+            if len(result) != len(batch):
+                raise ValueError(f"{len(result)} answers for {len(batch)} items")
+        except Exception as error:  # noqa: BLE001 (handed to whoever asked; the thread goes on)
+            result = error
+        self.in_hand = 0
+        took = loop.time() - begun
+        self.pace = took if self.pace is None else self.pace + _SMOOTH * (took - self.pace)
+        return _tell(loop, batch, result)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, batch: list[_Item], result: Sequence[object] | Exception) -> bool:
+    """Hand results over on the loop; False where that is closed."""
+
+    def tell() -> None:
+        for i, item in enumerate(batch):
+            if item.answer.done():
+                continue
+            if isinstance(result, Exception):
+                item.answer.set_exception(result)
+            else:
+                item.answer.set_result(result[i])
+
+    try:
+        loop.call_soon_threadsafe(tell)
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,326 @@
+"""The shipped predictor: an encoder off the event loop, a head on it, and a learner that corrects both.
+
+Knows: which of its parts says what when. Never: sessions (``onnx``), threads (``batcher``), arithmetic (``learner``).
+
+``encode-once``: a job is estimated at once from the text's counters, history and what was learned, with the prompt's
+embedding where that is known; where it is not, the encoder is asked, and a better estimate follows when it answers.
+``elis-paper``, the published method: prompt and answer so far are encoded after every window, nothing is said before
+that, and nothing is learned but token units.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from math import exp, isfinite, log
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from elis_gateway.errors import ConfigError
+from elis_gateway.predictor import features
+from elis_gateway.predictor.audit import Audit, Moment, Score
+from elis_gateway.predictor.base import Estimate, Predictor, View, clamp
+from elis_gateway.predictor.batcher import Batcher, Busy
+from elis_gateway.predictor.history import History
+from elis_gateway.predictor.learner import Learner, Prediction, Sight, Vector
+from elis_gateway.predictor.manifest import load
+from elis_gateway.predictor.onnx import Device, Floats, Model, ModelError, folder_of
+from elis_gateway.predictor.units import Units, script_of
+
+__all__ = ["EncodeOnce", "Paper", "make"]
+
+_log = logging.getLogger("elis_gateway.predictor")
+
+_JOBS = 20_000
+"""Jobs whose predictions are remembered; those of jobs that never end are forgotten first."""
+_WINDOWS = 400
+"""Predictions remembered of one job."""
+_GPU_BATCH = 32
+"""On a CPU batching gains nothing: there one prompt at a time."""
+
+
+def make(
+    path: str | Path | None = None,
+    *,
+    deadline: float = 0.5,
+    device: Device = "auto",
+    threads: int = 1,
+    learn: bool = True,
+    state: str | Path | None = None,
+    strength: float = 8.0,
+    horizon: float = 1000.0,
+    max_apps: int = 256,
+    cached_prompts: int = 4096,
+) -> Predictor:
+    """The predictor a model folder is for. Raises ConfigError, MissingExtra."""
+    model = Model(folder_of(path), device=device, threads=threads)
+    _log.info("predictor %s (%s) on %s", model.manifest.name, model.manifest.architecture, model.device)
+    again: dict[str, object] = {"device": device, "threads": threads}
+    if model.paper:
+        return Paper(model, deadline=deadline, again=again)
+    history = History(strength=strength, horizon=horizon, max_apps=max(max_apps, 1000))
+    learner = Learner(
+        model.features, model.reduced, layout=model.layout, history=history, horizon=horizon, max_apps=max_apps
+    )
+    return EncodeOnce(
+        model,
+        learner,
+        deadline=deadline,
+        learn=learn,
+        state=None if state is None else Path(state),
+        cached_prompts=cached_prompts,
+        again=again,
+    )
+
+
+class _Shipped:
+    """What both have: a model that can be exchanged while serving, and a thread that encodes."""
+
+    reads_text = True
+    refines = True
+
+    def __init__(self, model: Model, *, deadline: float, again: dict[str, object]) -> None:
+        self.model = model
+        self.units = Units()
+        self.audit = Audit()
+        self.counts: dict[str, int] = dict.fromkeys(("encoded", "cached", "shed", "failed"), 0)
+        """Prompts by what became of asking for their embedding."""
+        self._again = again
+        self._batcher: Batcher[tuple[str, str], Floats] = Batcher(
+            self._encode, max_batch=self._batch(), patience=deadline, name="encoder"
+        )
+
+    def _batch(self) -> int:
+        return _GPU_BATCH if self.model.device == "cuda" else 1
+
+    def _encode(self, texts: Sequence[tuple[str, str]]) -> Sequence[Floats]:
+        """In the worker thread."""
+        return list(self.model.encode(texts))
+
+    async def _ask(self, prompt: str, answer: str) -> Floats | None:
+        """One vector, or None where the encoder is too busy or fails."""
+        try:
+            vector = await self._batcher.ask((prompt, answer))
+        except Busy:
+            self.counts["shed"] += 1
+            return None
+        except ModelError as error:
+            self.counts["failed"] += 1
+            _log.warning("the encoder failed: %s", str(error)[:300])
+            return None
+        self.counts["encoded"] += 1
+        return vector
+
+    async def swap(self, path: str | Path | None) -> bool:
+        """Load the folder anew, if it changed; in a thread, and used only once it has run. False: it did not change.
+
+        Raises ConfigError for a folder that is no good; the old model then stays.
+        """
+        model = await asyncio.to_thread(self._load, folder_of(path))
+        if model is None:
+            return False
+        if model.paper != self.model.paper:
+            one, other = model.manifest.architecture, self.model.manifest.architecture
+            raise ConfigError(f"{model.folder}: is for {one}; going there from {other} needs a restart")
+        self._use(model)
+        _log.info("predictor %s (%s) takes over", model.manifest.name, model.folder)
+        return True
+
+    def _load(self, folder: Path) -> Model | None:
+        manifest = load(folder)
+        if folder.resolve() == self.model.folder.resolve() and manifest == self.model.manifest:
+            return None
+        return Model(folder, **self._again)  # type: ignore[arg-type]
+
+    def _use(self, model: Model) -> None:
+        self.model = model
+        self._batcher.max_batch = self._batch()
+
+    def scores(self) -> Iterable[Score]:
+        """How good the estimates of recent jobs were, by served model."""
+        return self.audit.scores()
+
+    def close(self) -> None:
+        """End the worker thread."""
+        self._batcher.close()
+
+
+class _Known(NamedTuple):
+    """A prompt's embedding, as the head and the learner read it."""
+
+    embedding: Floats
+    reduced: Vector
+
+
+class _Trace:
+    """What was said of one job."""
+
+    __slots__ = ("key", "made", "moments")
+
+    def __init__(self, key: bytes) -> None:
+        self.key = key
+        self.made: dict[int, Prediction] = {}
+        self.moments: dict[int, Moment] = {}
+        """By tokens attained; a better estimate at the same place takes the first one's."""
+
+
+class EncodeOnce(_Shipped):
+    """Instant estimates from counters, history and the learner; the prompt's embedding refines them."""
+
+    def __init__(
+        self,
+        model: Model,
+        learner: Learner,
+        *,
+        deadline: float,
+        learn: bool,
+        state: Path | None,
+        cached_prompts: int,
+        again: dict[str, object],
+    ) -> None:
+        super().__init__(model, deadline=deadline, again=again)
+        self.learner = learner
+        self._learns = learn
+        self._state = state
+        self._most_cached = cached_prompts
+        self._cache: OrderedDict[bytes, _Known] = OrderedDict()
+        self._asked: dict[bytes, asyncio.Future[None]] = {}
+        self._jobs: OrderedDict[str, _Trace] = OrderedDict()
+        self._nothing = np.zeros((1, model.manifest.encoder.hidden), dtype=np.float32)
+        if state is not None and state.exists():
+            try:
+                self.units.restore(learner.load(state).get("units", []))
+            except (ValueError, TypeError) as error:
+                _log.warning("learned state %s: token units: %s", state, error)
+
+    # ---- asked --------------------------------------------------------------------------------------------------
+
+    def instant(self, view: View) -> Estimate | None:
+        trace = self._trace(view)
+        known = self._cache.get(trace.key)
+        prediction = self.learner.predict(view.model, view.app, self._sight(view, known))
+        history = self.learner.history.instant(view)
+        if len(trace.made) < _WINDOWS or view.attained in trace.made:
+            trace.made[view.attained] = prediction
+            before = prediction.mean if history is None else history.remaining
+            trace.moments[view.attained] = Moment(
+                view.attained, prediction.mean, prediction.low, prediction.high, before
+            )
+        if history is not None and not self.audit.trusts(view.model):
+            return history
+        return Estimate(prediction.mean, prediction.gittins, "bge" if known is not None else "bge-instant")
+
+    def wants_refining(self, view: View) -> bool:
+        """Whether the prompt's embedding is still to be had."""
+        return self._trace(view).key not in self._cache
+
+    async def refine(self, views: Sequence[View]) -> list[Estimate | None]:
+        await asyncio.gather(*(self._learn_prompt(view) for view in views))
+        # Without the embedding there is nothing to add to what was said at once.
+        return [self.instant(view) if self._trace(view).key in self._cache else None for view in views]
+
+    async def _learn_prompt(self, view: View) -> None:
+        """Have the prompt in the cache, if the encoder can. One prompt is encoded once, however many ask."""
+        key = self._trace(view).key
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            self.counts["cached"] += 1
+            return
+        under_way = self._asked.get(key)
+        if under_way is not None:
+            await asyncio.shield(under_way)
+            return
+        done = self._asked[key] = asyncio.get_running_loop().create_future()
+        try:
+            model = self.model
+            vector = await self._ask(view.prompt, "")
+            if vector is not None and model is self.model:
+                self._cache[key] = _Known(vector[None, :], model.reduce(vector))
+                if len(self._cache) > self._most_cached:
+                    self._cache.popitem(last=False)
+        finally:
+            del self._asked[key]
+            done.set_result(None)
+
+    def _trace(self, view: View) -> _Trace:
+        trace = self._jobs.get(view.job_id)
+        if trace is None:
+            text = features.prompt_text(view.prompt).encode("utf-8", "surrogatepass")
+            trace = self._jobs[view.job_id] = _Trace(blake2b(text, digest_size=16).digest())
+            if len(self._jobs) > _JOBS:
+                self._jobs.popitem(last=False)
+        return trace
+
+    def _sight(self, view: View, known: _Known | None) -> Sight:
+        """What the learner is told. The shipped model speaks its training tokenizer's tokens, the rest the engine's."""
+        ratio = self.units.ratio(view.model, script_of(view.answer, view.prompt))
+        counters = features.features(view.prompt, view.answer, round(view.attained / ratio))
+        embedding = self._nothing if known is None else known.embedding
+        shipped: float | None = None
+        try:
+            [said] = self.model.head(embedding, [counters], view.model)
+            shipped = said + log(ratio)
+        except ModelError as error:
+            self.counts["failed"] += 1
+            _log.warning("the head failed: %s", str(error)[:300])
+        return Sight(view.attained, view.allowed, shipped, counters, None if known is None else known.reduced)
+
+    # ---- told ---------------------------------------------------------------------------------------------------
+
+    def learn(self, view: View, *, complete: bool) -> None:
+        trace = self._jobs.pop(view.job_id, None)
+        if complete and trace is not None:
+            self.audit.learn(view.model, list(trace.moments.values()), view.attained)
+        if not self._learns:
+            return
+        if view.attained and view.answer:
+            self.units.learn(view.model, view.answer, view.attained)
+        made = [] if trace is None else [trace.made[at] for at in sorted(trace.made)]
+        made = [each for each in made if len(each.inputs) == self.learner.inputs]
+        self.learner.learn(view.model, view.app, made, view.attained, complete=complete)
+
+    def save(self) -> None:
+        if self._state is not None and self._learns:
+            self.learner.save(self._state, {"units": self.units.dump()})
+
+    def _use(self, model: Model) -> None:
+        if model.manifest.encoder.sha256 != self.model.manifest.encoder.sha256 or model.layout != self.model.layout:
+            # Embeddings mean something else from now on, and what was said of live jobs teaches nothing.
+            self._cache.clear()
+            for trace in self._jobs.values():
+                trace.made.clear()
+        super()._use(model)
+        self._nothing = np.zeros((1, model.manifest.encoder.hidden), dtype=np.float32)
+        self.learner.fit(model.features, model.reduced, model.layout)
+
+
+class Paper(_Shipped):
+    """Prompt and answer so far, encoded after every window; one number."""
+
+    def instant(self, view: View) -> Estimate | None:
+        """Nothing: the published method waits for its model."""
+        return None
+
+    async def refine(self, views: Sequence[View]) -> list[Estimate | None]:
+        vectors = await asyncio.gather(*(self._ask(view.prompt, view.answer) for view in views))
+        return [
+            None if vector is None else self._estimate(view, vector)
+            for view, vector in zip(views, vectors, strict=True)
+        ]
+
+    def _estimate(self, view: View, vector: Floats) -> Estimate | None:
+        [said] = self.model.head(vector[None, :], [[]], view.model)
+        remaining = exp(min(said, 13.0)) * self.units.ratio(view.model, script_of(view.answer, view.prompt))
+        return Estimate(clamp(remaining, view.allowed), None, "elis-paper") if isfinite(remaining) else None
+
+    def learn(self, view: View, *, complete: bool) -> None:
+        if view.attained and view.answer:
+            self.units.learn(view.model, view.answer, view.attained)
+
+    def save(self) -> None:
+        """Nothing to keep."""

@@ -1,1 +1,0 @@
-"""The report that people look at: plots, and one HTML page that works offline. Needs matplotlib."""
