@@ -111,7 +111,16 @@ class Intake(Observer):
         if lore is None:
             lore = self._lore[model] = Lore()
         context = able.context.get(model)
-        return Answer(request, mode, reason=reason, context=context, model=model, lore=lore, engine=able.kind)
+        return Answer(
+            request,
+            mode,
+            reason=reason,
+            context=context,
+            model=model,
+            lore=lore,
+            engine=able.kind,
+            chat_ids=able.chat_ids,
+        )
 
     def finished(self, flight: Flight) -> None:
         """The next turn of this conversation will begin with what we saw of it."""
@@ -175,9 +184,10 @@ class Intake(Observer):
 
 
 def continuation(request: Request, able: Capabilities) -> tuple[Mode, str]:
-    """How an answer to ``request`` may be continued on upstreams that are ``able``, and if it may not, why."""
-    if request.unsliceable is not None:
-        return Mode.WHOLE, request.unsliceable
+    """How answers may be continued on upstreams that are ``able``, and if they may not, why.
+
+    What the request's own parameters say to that the answer knows.
+    """
     if request.route is Route.CHAT and able.chat_parser:
         return Mode.WHOLE, "chat_parser"
     if able.ids:

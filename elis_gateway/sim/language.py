@@ -14,12 +14,12 @@ hazard, decided by the hash. The end-of-sequence token counts as one of the n.
 
 *Sampling* (temperature above 0) draws by (seed, position in this call), *presence and frequency penalties* count this
 call's tokens only, *repetition penalty* the whole context: what vLLM's engine does, so that slicing a seeded or
-penalised request shows.
+penalised request shows. ``logit_bias`` moves a token's score as far as the penalties do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import exp, log
 from statistics import NormalDist
@@ -77,12 +77,18 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the score of a token, by id (``logit_bias``)."""
 
     @property
     def plain(self) -> bool:
         """Whether the first choice is always taken."""
         return not (
-            self.temperature or self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+            self.temperature
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
+            or self.bias
         )
 
 
@@ -221,6 +227,7 @@ class Walker:
             times = self._counts.get(token, 0)
             if times:
                 score -= sampling.presence_penalty + sampling.frequency_penalty * times
+            score += sampling.bias.get(token, 0.0)
             if token in self._seen:
                 score -= log(sampling.repetition_penalty)
             if score > best_score:

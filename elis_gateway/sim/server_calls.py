@@ -25,7 +25,7 @@ COMPLETIONS = "/v1/completions"
 
 _PLAIN: dict[str, tuple[object, ...]] = {
     "n": (None, 1), "best_of": (None, 1), "echo": (None, False), "logprobs": (None, False), "top_logprobs": (None, 0),
-    "suffix": (None, ""), "tools": (None, []), "logit_bias": (None, {}), "bad_words": (None, []),
+    "suffix": (None, ""), "tools": (None, []), "bad_words": (None, []),
     "prompt_logprobs": (None,), "use_beam_search": (None, False), "prompt_embeds": (None,),
     "structured_outputs": (None,), "guided_json": (None,), "guided_regex": (None,), "guided_choice": (None,),
     "response_format": (None, {"type": "text"}),
@@ -208,6 +208,7 @@ def parse(path: str, raw: bytes, config: ServerConfig, voice: Voice, *, priority
             presence_penalty=fields.number("presence_penalty", 0.0, -2, 2),
             frequency_penalty=fields.number("frequency_penalty", 0.0, -2, 2),
             repetition_penalty=fields.number("repetition_penalty", 1.0, 1e-6, 1e6),
+            bias=_bias(body.get("logit_bias")),
         ),
         stream=stream,
         include_usage=bool(options.get("include_usage")),
@@ -263,6 +264,17 @@ def _stops(fields: _Fields, limit: int) -> Stops:
         minimum=minimum,
         ignore_end=fields.flag("ignore_eos"),
     )
+
+
+def _bias(given: object) -> dict[int, float]:
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise _invalid("logit_bias", "dictionary", given)
+    try:
+        return {int(token): min(max(float(value), -100.0), 100.0) for token, value in given.items()}
+    except (TypeError, ValueError):
+        raise bad_request("logit_bias contains key(s) that cannot be converted to integers", "logit_bias") from None
 
 
 def _chat_prompt(body: Mapping[str, Any], fields: _Fields, voice: Voice, length: int | None) -> list[int]:

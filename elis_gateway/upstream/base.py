@@ -23,6 +23,8 @@ class Capabilities(NamedTuple):
     """Context length by model in tokens, prompt and answer together, where the upstream says so."""
     ids: bool = False
     """It returns the token ids of prompt and answer, and takes ids as a prompt."""
+    chat_ids: bool = False
+    """It takes ids as a chat's prompt too, so that a chat goes on as a chat."""
     text: bool = False
     """The operator allows answers to be continued by text."""
     orders: bool = False

@@ -253,6 +253,7 @@ def _least(able: list[Capabilities], model: str) -> Capabilities:
         context={model: min(contexts)} if contexts else {},
         # The dialects by which ids are told differ: a job cannot go from one to the other.
         ids=all(c.ids for c in able) and len({c.kind == LLAMA_CPP for c in able}) == 1,
+        chat_ids=all(c.chat_ids for c in able),
         text=all(c.ids or c.text for c in able),
         orders=all(c.orders for c in able),
         chat_parser=any(c.chat_parser for c in able),

@@ -23,7 +23,9 @@ __all__ = ["LLAMA_CPP", "probe"]
 
 _log = logging.getLogger("elis_gateway.upstream")
 LLAMA_CPP = "llama.cpp"
+VLLM = "vllm"
 _COMPLETIONS = "/v1/completions"
+_CHAT = "/v1/chat/completions"
 _PATIENCE = 30.0
 """Longest wait for one probing call: the engine may be full of other people's work."""
 _QUEUED = 0.1
@@ -43,10 +45,11 @@ async def probe(upstream: HttpUpstream, *, orders: bool = False) -> Capabilities
     context = {name: length for name in models if (length := settings.context or listed.get(name))}
     model = min(models, default=None)
     kind = await _kind(upstream)
-    ids, settled = settings.continuation == "ids", True
+    ids, chat_ids, settled = settings.continuation == "ids", False, True
     if settings.continuation == "auto" and model is not None:
         try:
             ids = await (_shows_ids if kind == LLAMA_CPP else _returns_ids)(upstream, model)
+            chat_ids = ids and kind == VLLM and await _takes_ids_in_chats(upstream, model)
         except (UpstreamError, TimeoutError) as error:
             # Not a no: an engine that was busy for a moment must not go unsliced until it is restarted.
             _log.info("upstream %s: whether it returns token ids is not known yet: %s", upstream.id, error)
@@ -58,6 +61,7 @@ async def probe(upstream: HttpUpstream, *, orders: bool = False) -> Capabilities
         models=models,
         context=context,
         ids=ids,
+        chat_ids=chat_ids,
         text=settings.continuation == "text",
         orders=ordering,
         chat_parser=settings.chat_parser,
@@ -79,7 +83,7 @@ def _models(body: bytes) -> dict[str, int | None]:
 
 
 async def _kind(upstream: HttpUpstream) -> str:
-    for path, sign, kind in (("/version", b'"version"', "vllm"), ("/props", b'"total_slots"', LLAMA_CPP)):
+    for path, sign, kind in (("/version", b'"version"', VLLM), ("/props", b'"total_slots"', LLAMA_CPP)):
         try:
             if sign in await upstream.get(path):
                 return kind
@@ -98,6 +102,17 @@ async def _returns_ids(upstream: HttpUpstream, model: str) -> bool:
     return again == prompt + answer
 
 
+async def _takes_ids_in_chats(upstream: HttpUpstream, model: str) -> bool:
+    """Ids given beside a chat's messages, as the stages of disaggregated serving do, become its prompt."""
+    given = _ids(await _complete(upstream, model, "Hello", return_token_ids=True))[0]
+    body = {
+        "model": model, "messages": [{"role": "user", "content": ""}], "max_tokens": 1, "temperature": 0,
+        "return_token_ids": True, "kv_transfer_params": {"prompt_token_ids": given},
+    }  # fmt: skip
+    answer = await _ask(upstream, Call(_CHAT, orjson.dumps(body), False))
+    return bool(given) and isinstance(answer, dict) and answer.get("prompt_token_ids") == given
+
+
 async def _shows_ids(upstream: HttpUpstream, model: str) -> bool:
     """llama.cpp: ids come beside log-probabilities, and a prompt may mix texts and ids."""
     first = _shown(await _complete(upstream, model, "Hello", logprobs=1))
@@ -114,8 +129,12 @@ def _shown(answer: Any) -> int | None:
 
 async def _complete(upstream: HttpUpstream, model: str, prompt: str | list[Any], **fields: Any) -> Any:
     body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0, **fields}
+    return await _ask(upstream, _call(body, stream=False))
+
+
+async def _ask(upstream: HttpUpstream, call: Call) -> Any:
     try:
-        async with asyncio.timeout(_PATIENCE), upstream.open(_call(body, stream=False), request_id="probe") as session:
+        async with asyncio.timeout(_PATIENCE), upstream.open(call, request_id="probe") as session:
             return _json(await session.whole())
     except UpstreamError as error:
         if error.retryable:

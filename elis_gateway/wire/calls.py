@@ -6,13 +6,14 @@ came back, or why a call is made.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import orjson
 
 from elis_gateway.wire.openai import Request, Route
-from elis_gateway.wire.parameters import CARRIED
+from elis_gateway.wire.parameters import Way, carried
 
 __all__ = ["BLIND_LIMIT", "COMPLETIONS_DEFAULT", "Call", "by_ids", "by_text", "detokenize", "first", "own"]
 
@@ -50,6 +51,8 @@ def first(
     is held back; without it they are not sent.
     """
     body = _ours(request.body, model, priority)
+    body.pop("echo", None)  # put in front by us
+    body.pop("stream_interval", None)  # tokens are counted, and shown, one by one
     if limit is not None:
         name = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
         body[name] = limit
@@ -62,18 +65,32 @@ def first(
 
 def by_ids(
     request: Request, model: str, priority: int | None, limit: int, prompt: Sequence[int | str] | str, attained: int,
-    *, stream: bool, whole_stops: bool,
+    *, stream: bool, whole_stops: bool, way: Way = Way.IDS, said: Sequence[int | str] = (),
 ) -> Call:  # fmt: skip
-    """Go on after ``prompt`` (the prompt's and the answer's token ids, of which ``attained`` are the answer's)."""
-    body = _carried(request.body, model, priority)
-    body["prompt"] = prompt
+    """Go on after ``prompt`` (the prompt's and the answer's token ids, of which ``attained`` are the answer's).
+
+    ``said``: the answer's own, which penalties count. A chat goes on as a chat where the client wants to see
+    log-probabilities, whose form differs, and as a completion everywhere else.
+    """
+    body = _ours(carried(request.body, way), model, priority)
+    chat = way is Way.CHAT_IDS and request.logprobs and request.chat
+    if request.chat and not chat:
+        body.pop("logprobs", None)
+        body.pop("top_logprobs", None)
+    _penalise(body, said)
+    if chat:
+        # The ids stand for the messages, of which the engine wants to see some.
+        body["messages"] = [{"role": "user", "content": ""}]
+        body["kv_transfer_params"] = {"prompt_token_ids": prompt}
+    else:
+        body["prompt"] = prompt
     _limits(body, request.body, limit, attained)
     if stream:
         _streamed(body, request, True)
     elif request.wants_ids:
         body["return_token_ids"] = True
     _stops(body, request, whole_stops)
-    return Call(Route.COMPLETIONS.value, orjson.dumps(body), stream)
+    return Call((Route.CHAT if chat else Route.COMPLETIONS).value, orjson.dumps(body), stream)
 
 
 def by_text(request: Request, model: str, priority: int | None, limit: int | None, text: str, attained: int) -> Call:
@@ -108,9 +125,20 @@ def _ours(body: Mapping[str, Any], model: str, priority: int | None) -> dict[str
     return body
 
 
-def _carried(body: Mapping[str, Any], model: str, priority: int | None) -> dict[str, Any]:
-    carried = {name: value for name, value in body.items() if name in CARRIED and value is not None}
-    return _ours(carried, model, priority)
+def _penalise(body: dict[str, Any], said: Sequence[int | str]) -> None:
+    """The frequency penalty of what was said before this call, as a bias; what the call says the engine counts.
+
+    vLLM subtracts the penalty times the count from the same logits a bias is added to
+    (``model_executor/layers/utils.py``), so the sum is the same but for rounding. It limits a bias to 100: a token less
+    likely by that is never drawn anyway.
+    """
+    frequency = body.get("frequency_penalty")
+    if not (said and frequency):
+        return
+    bias = {str(int(token)): value for token, value in (body.get("logit_bias") or {}).items()}
+    for token, times in Counter(said).items():
+        bias[str(token)] = max(bias.get(str(token), 0) - frequency * times, -100)
+    body["logit_bias"] = bias
 
 
 def _limits(body: dict[str, Any], asked: Mapping[str, Any], limit: int, attained: int) -> None:

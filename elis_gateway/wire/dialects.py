@@ -13,6 +13,7 @@ from elis_gateway.wire import calls
 from elis_gateway.wire.calls import Call
 from elis_gateway.wire.ledger import Ledger
 from elis_gateway.wire.openai import Request, Route
+from elis_gateway.wire.parameters import Way
 from elis_gateway.wire.shapes import PLAIN_CHAT, PLAIN_COMPLETION, VLLM_CHAT, VLLM_COMPLETION
 
 __all__ = ["Boundary", "ById", "ByText", "Delta", "Dialect", "Lore", "Mode"]
@@ -72,6 +73,10 @@ class Dialect(Protocol):
     @property
     def plain(self) -> bool:
         """Deltas carry ``token_ids``, and one token with text is a boundary without a closer look."""
+
+    @property
+    def way(self) -> Way:
+        """The same, as parameters are concerned."""
 
     @property
     def known_prompt(self) -> bool:
@@ -149,10 +154,11 @@ class ById:
     usage_rides = False
     completions_default = calls.COMPLETIONS_DEFAULT
 
-    __slots__ = ("_alone", "_asked", "_lore", "_request", "prompt_ids")
+    __slots__ = ("_alone", "_asked", "_lore", "_request", "prompt_ids", "way")
 
-    def __init__(self, request: Request, lore: Lore) -> None:
+    def __init__(self, request: Request, lore: Lore, way: Way = Way.IDS) -> None:
         self._request = request
+        self.way = way
         self._lore = lore
         self._alone = False
         self._asked: int | str | None = None
@@ -183,6 +189,8 @@ class ById:
             count,
             stream=stream,
             whole_stops=True,
+            way=self.way,
+            said=tokens,
         )
 
     def open(self, chunk: dict[str, Any], choice: dict[str, Any]) -> int | None:
@@ -242,6 +250,7 @@ class ByText:
     """Any OpenAI-like server that can continue a text: completions, or chat with ``continue_final_message``."""
 
     mode = Mode.TEXT
+    way = Way.TEXT
     plain = False
     exact = False
     one_document = True

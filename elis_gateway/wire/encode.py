@@ -27,12 +27,13 @@ class Encoder:
     """Renders one answer for one client."""
 
     __slots__ = (
-        "_chat", "_choice", "_chunk", "_wants_ids", "created", "details", "id", "model", "name",
+        "_chat", "_choice", "_chunk", "_wants_ids", "_wants_prompt_ids", "created", "details", "id", "model", "name",
     )  # fmt: skip
 
     def __init__(self, request: Request) -> None:
         self._chat = request.chat
         self._wants_ids = request.wants_ids
+        self._wants_prompt_ids = request.wants_ids or bool(request.echo)  # vLLM's streams show them with the prompt
         self.id: str | None = None
         self.created = 0
         self.model = ""
@@ -62,10 +63,10 @@ class Encoder:
         self, chunk: dict[str, Any], choice: dict[str, Any], text: str, finish: str | None, stop_reason: object
     ) -> bytes:
         """A chunk of the client's own route: the engine's, with what is ours in it corrected."""
-        if not self._wants_ids:
-            for name in ("token_ids", "prompt_token_ids"):
-                if choice.get(name) is not None:
-                    choice[name] = None
+        if not self._wants_ids and choice.get("token_ids") is not None:
+            choice["token_ids"] = None
+        if not self._wants_prompt_ids and choice.get("prompt_token_ids") is not None:
+            choice["prompt_token_ids"] = None
         if not self._chat:
             choice["text"] = text
         elif text or "content" in choice["delta"]:
@@ -137,6 +138,7 @@ class Encoder:
         prompt_ids: Sequence[int],
         ids: Sequence[int | str],
         fingerprint: str | None,
+        logprobs: Mapping[str, Any] | None = None,
     ) -> bytes:
         """The whole answer as one JSON document; ``shape``: a document of this route with the answer blanked out."""
         choice = dict(shape["choices"][0])
@@ -144,6 +146,8 @@ class Encoder:
             choice["message"] = {**choice["message"], "content": text}
         else:
             choice["text"] = text
+        if logprobs is not None:
+            choice["logprobs"] = logprobs
         choice["finish_reason"] = finish
         if "stop_reason" in choice:
             choice["stop_reason"] = stop_reason
@@ -216,7 +220,7 @@ def blank(document: Mapping[str, Any]) -> dict[str, Any]:
     else:
         choice["text"] = ""
     for holder in (choice, blanked := {**document, "choices": [choice]}):
-        for name in ("token_ids", "prompt_token_ids", "metrics", "routed_experts"):
+        for name in ("logprobs", "token_ids", "prompt_token_ids", "prompt_logprobs", "metrics", "routed_experts"):
             if name in holder:
                 holder[name] = None
     usage = dict(document.get("usage") or {})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from elis_gateway.wire.logprobs import Logprobs
 from elis_gateway.wire.stops import Pushed, Stops
 
 __all__ = ["Ledger"]
@@ -19,17 +20,20 @@ class Ledger:
     """
 
     __slots__ = (
-        "_held", "_new_count", "_new_text", "_new_tokens", "_tail", "count", "pieces", "stops", "tokens", "unsure",
+        "_held", "_new_count", "_new_text", "_new_tokens", "_tail", "count", "logprobs", "pieces", "stops", "tokens",
+        "unsure",
     )  # fmt: skip
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
+    def __init__(self, stops: tuple[str, ...], *, include: bool = False, logprobs: Logprobs | None = None) -> None:
+        """``include``: stop strings stay in the text. ``logprobs``: of each token, where the client wants them."""
         self.tokens: list[int | str] = []
         self.pieces: list[str] = []
         self.count = 0
         """Kept tokens; more than ``tokens`` where text stands for several."""
         self.unsure = 0
         """The last so many kept tokens have given all the text there is, but may end in one that has more to come."""
-        self.stops = Stops(stops) if stops else None
+        self.stops = Stops(stops, include=include) if stops else None
+        self.logprobs = logprobs
         self._tail = ""
         self._new_tokens: list[int | str] = []
         self._new_text: list[str] = []
@@ -48,9 +52,9 @@ class Ledger:
         """Tokens since the last boundary."""
         return self._new_count
 
-    def search(self, text: str) -> Pushed:
+    def search(self, text: str, *, search: bool = True) -> Pushed:
         """What of this text may be shown, and the stop string it completes. Call once per delta, then ``add``."""
-        return Pushed(text, None, False) if self.stops is None else self.stops.push(text)
+        return Pushed(text, None, False) if self.stops is None else self.stops.push(text, search=search)
 
     def add(self, text: str, tokens: Sequence[int | str], count: int, event: bytes) -> None:
         """A delta and the client event made of it (empty: nothing to show)."""
@@ -70,6 +74,8 @@ class Ledger:
         self._clear()
         if self.stops is not None:
             self._tail = self.stops.tail
+        if self.logprobs is not None:
+            self.logprobs.commit()
 
     def drop(self) -> int:
         """Take back everything since the last boundary; returns how many tokens that were."""
@@ -77,6 +83,8 @@ class Ledger:
         self._clear()
         if self.stops is not None:
             self.stops.tail = self._tail
+        if self.logprobs is not None:
+            self.logprobs.drop()
         return dropped
 
     def unkeep(self) -> None:
@@ -84,6 +92,8 @@ class Ledger:
         self.tokens.pop()
         self.count -= 1
         self.unsure -= 1
+        if self.logprobs is not None:
+            self.logprobs.unkeep()
 
     def shorten(self, surplus: int) -> None:
         """Cut so many characters off the kept text: a stop string, and what came after it in the same delta."""
@@ -96,6 +106,8 @@ class Ledger:
         self.tokens, self.pieces, self.count, self.unsure, self._tail = [], [], 0, 0, ""
         if self.stops is not None:
             self.stops.tail = ""
+        if self.logprobs is not None:
+            self.logprobs.reset()
 
     def _clear(self) -> None:
         self._new_tokens = []

@@ -19,6 +19,7 @@ from elis_gateway.wire.calls import Call
 from elis_gateway.wire.dialects import Boundary, Delta, Mode
 from elis_gateway.wire.ledger import Ledger
 from elis_gateway.wire.openai import Request
+from elis_gateway.wire.parameters import Way
 from elis_gateway.wire.shapes import PLAIN_CHAT, PLAIN_COMPLETION
 
 __all__ = ["LlamaCpp"]
@@ -31,6 +32,7 @@ class LlamaCpp:
     """One answer from llama.cpp, continued by ids and, where they are not shown, by text."""
 
     mode = Mode.IDS
+    way = Way.LLAMA
     plain = False
     exact = False
     one_document = False
@@ -67,7 +69,15 @@ class LlamaCpp:
         self._counted = 0
         prompt = _mixed([*self._prompt(), *tokens])
         call = calls.by_ids(
-            self._request, model, None, limit or calls.BLIND_LIMIT, prompt, count, stream=stream, whole_stops=False
+            self._request,
+            model,
+            None,
+            limit or calls.BLIND_LIMIT,
+            prompt,
+            count,
+            stream=stream,
+            whole_stops=False,
+            way=self.way,
         )
         return self._told(call) if stream else call
 

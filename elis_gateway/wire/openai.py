@@ -14,7 +14,6 @@ from typing import Any
 import orjson
 
 from elis_gateway.errors import ClientError
-from elis_gateway.wire.parameters import unsliceable
 
 __all__ = ["Request", "Route", "parse"]
 
@@ -33,8 +32,8 @@ class Request:
     """One parsed request; ``body`` is the client's own, never changed."""
 
     __slots__ = (
-        "body", "chat", "continuous_usage", "include_usage", "max_tokens", "model", "raw", "route", "stop", "stream",
-        "unsliceable", "wants_ids",
+        "body", "chat", "continuous_usage", "include_stop", "include_usage", "logprobs", "max_tokens", "model", "raw",
+        "route", "stop", "stream", "wants_ids",
     )  # fmt: skip
 
     def __init__(self, route: Route, body: dict[str, Any], raw: bytes) -> None:
@@ -52,13 +51,26 @@ class Request:
         """The stream is to end with a usage chunk."""
         self.continuous_usage = self.include_usage and bool(options.get("continuous_usage_stats"))
         self.wants_ids = bool(body.get("return_token_ids"))
-        self.unsliceable = unsliceable(body, self.chat)
-        """Why the answer must come from one call; None: it may be sliced."""
+        asked = body.get("logprobs")
+        self.logprobs = asked is True if self.chat else asked is not None
+        """Log-probabilities are to be shown."""
+        self.include_stop = bool(body.get("include_stop_str_in_output"))
+        """Stop strings stay in the text."""
         self.max_tokens = _limit(body, self.chat)
         """Most answer tokens the client asked for; None where it set no limit (or not a readable one)."""
         stop = body.get("stop")
         stops = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
         self.stop: tuple[str, ...] = tuple(s for s in stops if isinstance(s, str) and s)
+
+    @property
+    def echo(self) -> str:
+        """The prompt, where it is a text to be put in front of the answer. vLLM leaves it out if ids are wanted."""
+        if self.chat or not self.body.get("echo") or self.wants_ids:
+            return ""
+        prompt = self.body.get("prompt")
+        if isinstance(prompt, list) and len(prompt) == 1:
+            prompt = prompt[0]
+        return prompt if isinstance(prompt, str) else ""
 
     @property
     def prompt_text(self) -> str:

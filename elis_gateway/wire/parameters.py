@@ -1,45 +1,59 @@
-"""Which parameters mean the same when an answer is produced by several calls.
+"""Which parameters mean the same when an answer is produced by several calls, and why the others do not.
 
-A whitelist: a request is sliced only if every parameter it sets is known here to keep its meaning, because it acts on
-each token alone, only on the prompt, or not at all. Everything else runs as one call. Each entry was read in vLLM
-0.32's sources (``SamplingParams``, ``ChatCompletionRequest``, ``CompletionRequest``).
+A whitelist: a request is sliced only if every parameter it sets is known here to keep its meaning; everything else runs
+as one call, so unknown new parameters work and are never half obeyed. Each row was read in vLLM 0.32's sources
+(``SamplingParams``, ``ChatCompletionRequest``, ``CompletionRequest``); ``docs/compatibility.md`` is made from them.
 
-Knows: names and harmless values. Never: how a request is continued.
+Knows: names, harmless values, what each way of continuing keeps. Never: how a request is continued.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from enum import Enum
+from typing import Any, NamedTuple
 
-__all__ = ["CARRIED", "unsliceable"]
+__all__ = ["CARRIED", "PARAMETERS", "Kind", "Parameter", "Way", "carried", "unsliceable"]
 
-CARRIED = frozenset({
-    "allowed_token_ids", "cache_salt", "frequency_penalty", "ignore_eos", "include_stop_str_in_output", "logit_bias",
-    "min_p", "presence_penalty", "repetition_penalty", "seed", "session_id", "skip_special_tokens",
-    "spaces_between_special_tokens", "stop", "stop_token_ids", "temperature", "top_k", "top_p", "user",
-})  # fmt: skip
-"""Sent again with every continuation; the rest has done its work when the prompt is known."""
 
-_OURS = frozenset({
-    "max_completion_tokens", "max_tokens", "min_tokens", "model", "priority", "request_id", "return_token_ids",
-    "stream", "stream_options",
-})  # fmt: skip
+class Way(Enum):
+    """By what means an answer would go on after a seam."""
 
-_PROMPT_ONLY = frozenset({
-    "add_generation_prompt", "add_special_tokens", "chat_template", "chat_template_kwargs", "continue_final_message",
-    "documents", "messages", "prompt", "reasoning_effort", "sim_output_tokens",
-})  # fmt: skip
+    IDS = "ids"
+    """vLLM: by token ids, on the completions route."""
+    CHAT_IDS = "chat ids"
+    """vLLM: by token ids, chats on the chat route too."""
+    LLAMA = "llama.cpp"
+    """llama.cpp: by token ids and texts mixed."""
+    TEXT = "text"
+    """By text, tokenised again."""
 
-# sim_output_tokens: our embedded engine's forced answer length, which it writes into the prompt's ids.
 
-_WITHOUT_EFFECT = frozenset({
-    "include_reasoning", "length_penalty", "metadata", "parallel_tool_calls", "prompt_cache_key",
-    "safety_identifier", "service_tier", "store", "truncation_side",
-})  # fmt: skip
-"""Read by no part of a plain answer; tools and reasoning are excluded elsewhere."""
+class Kind(Enum):
+    """What a parameter has to do with a seam."""
 
-_KNOWN = CARRIED | _OURS | _PROMPT_ONLY | _WITHOUT_EFFECT
+    CARRIED = "carried"
+    """Acts on every token: sent again with every continuation."""
+    PROMPT = "prompt"
+    """Has done its work when the prompt is known."""
+    OURS = "ours"
+    """Set or taken out by the gateway in its own calls, and accounted for in what the client sees."""
+    NOTHING = "nothing"
+    """Read by no part of an answer that is sliced."""
+    ALONE = "alone"
+    """Changes meaning across calls."""
+
+
+class Parameter(NamedTuple):
+    """One row. A value that is null, or one that ``idle`` says does nothing, never makes a request unsliceable."""
+
+    name: str
+    kind: Kind
+    why: str
+    """How it is kept exact, or what a seam would do to it."""
+    idle: Callable[[Any], bool] | None = None
+    """Of an ALONE parameter: the values that do nothing."""
+    idle_words: str = ""
 
 
 def _zero(value: Any) -> bool:
@@ -58,33 +72,150 @@ def _empty(value: Any) -> bool:
     return value in ([], {}, "")
 
 
-_HARMLESS: dict[str, Callable[[Any], bool]] = {
-    # Count the tokens of one call only, so a seam would reset them.
-    "frequency_penalty": _zero,
-    "presence_penalty": _zero,
-    "bad_words": _empty,
-    # Branches differ from each other; a continuation could follow only one.
-    "n": _one,
-    "best_of": _one,
-    "use_beam_search": _false,
-    # A grammar starts again in each call.
-    "response_format": lambda value: isinstance(value, dict) and value.get("type") == "text",
-    "tools": _empty,
-    "functions": _empty,
-    "tool_choice": lambda value: value == "none",
-    "function_call": lambda value: value == "none",
-    # Would need rebasing or the first call's data in the last chunk.
-    "echo": _false,
-    "suffix": _empty,
-    "return_tokens_as_token_ids": _false,
-    "include_stop_str_in_output": _false,
-    "top_logprobs": _zero,
-    "vllm_xargs": _empty,
+def _text_format(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("type") == "text"
+
+
+def _none_chosen(value: Any) -> bool:
+    return bool(value == "none")
+
+
+def _text_alone(value: Any) -> bool:
+    return bool(value == ["text"])
+
+
+_GRAMMAR = "the grammar would start again in each call"
+_OUTSIDE = "an option of hosted models; vLLM and llama.cpp do not read it"
+_RENDER = "read by the render routes alone"
+
+PARAMETERS: dict[str, Parameter] = {
+    row.name: row
+    for row in (
+        # what is asked
+        Parameter("model", Kind.OURS, "an alias is translated both ways"),
+        Parameter("messages", Kind.PROMPT, "text; with an image, audio or other part: one call"),
+        Parameter("prompt", Kind.PROMPT, "text or token ids; a list of several prompts is one call"),
+        Parameter("suffix", Kind.ALONE, "models that fill in the middle see it once", _empty, "empty"),
+        Parameter("prompt_embeds", Kind.ALONE, "there are no ids to continue from"),
+        Parameter("documents", Kind.PROMPT, ""),
+        Parameter("chat_template", Kind.PROMPT, ""),
+        Parameter("chat_template_kwargs", Kind.PROMPT, ""),
+        Parameter("add_generation_prompt", Kind.PROMPT, ""),
+        Parameter("continue_final_message", Kind.PROMPT, ""),
+        Parameter("add_special_tokens", Kind.PROMPT, ""),
+        Parameter("reasoning_effort", Kind.PROMPT, ""),
+        Parameter("truncate_prompt_tokens", Kind.PROMPT, "continuations begin with the prompt as it was truncated"),
+        Parameter("truncation_side", Kind.PROMPT, ""),
+        Parameter("mm_processor_kwargs", Kind.PROMPT, ""),
+        Parameter("media_io_kwargs", Kind.PROMPT, ""),
+        Parameter("echo", Kind.OURS, "completions of a text without logprobs: put in front by us; else one call"),
+        # how long
+        Parameter("max_tokens", Kind.OURS, "each call asks for what is left, or for a window"),
+        Parameter("max_completion_tokens", Kind.OURS, "goes before max_tokens in chats"),
+        Parameter("min_tokens", Kind.OURS, "each call asks for what is left of it"),
+        Parameter("ignore_eos", Kind.CARRIED, ""),
+        Parameter("stop", Kind.CARRIED, "searched over seams by us"),
+        Parameter("stop_token_ids", Kind.CARRIED, ""),
+        Parameter("include_stop_str_in_output", Kind.CARRIED, "always asked of the engine; cut off by us if unwanted"),
+        Parameter("thinking_token_budget", Kind.ALONE, "counts the tokens of one call"),
+        Parameter("repetition_detection", Kind.ALONE, "looks at the tokens of one call"),
+        # which token
+        Parameter("temperature", Kind.CARRIED, ""),
+        Parameter("top_p", Kind.CARRIED, ""),
+        Parameter("top_k", Kind.CARRIED, ""),
+        Parameter("min_p", Kind.CARRIED, ""),
+        Parameter("logit_bias", Kind.CARRIED, ""),
+        Parameter("allowed_token_ids", Kind.CARRIED, ""),
+        Parameter("repetition_penalty", Kind.CARRIED, "counts prompt and answer alike, so a seam changes nothing"),
+        Parameter("presence_penalty", Kind.CARRIED, "llama.cpp; on vLLM one call: a token said again counts twice"),
+        Parameter("frequency_penalty", Kind.CARRIED, "vLLM: what was said goes into logit_bias, if not negative"),
+        Parameter("seed", Kind.CARRIED, "at temperature 0; else one call, as its draws would begin again"),
+        Parameter("watermarking", Kind.ALONE, "not shown to survive a seam", _false, "false"),
+        Parameter("bad_words", Kind.ALONE, "a word of several tokens could hide in a seam", _empty, "empty"),
+        Parameter("logits_processors", Kind.ALONE, "may count the tokens of one call", _empty, "empty"),
+        Parameter("vllm_xargs", Kind.ALONE, "for extensions we do not know", _empty, "empty"),
+        Parameter("n", Kind.ALONE, "its choices differ", _one, "1"),
+        Parameter("best_of", Kind.ALONE, "compares whole answers", _one, "1"),
+        Parameter("use_beam_search", Kind.ALONE, "compares whole answers", _false, "false"),
+        Parameter("early_stopping", Kind.NOTHING, "of beam search alone"),
+        Parameter("length_penalty", Kind.NOTHING, "of beam search alone"),
+        # what form
+        Parameter("response_format", Kind.ALONE, _GRAMMAR, _text_format, "text"),
+        Parameter("structured_outputs", Kind.ALONE, _GRAMMAR),
+        Parameter("guided_json", Kind.ALONE, _GRAMMAR),
+        Parameter("guided_regex", Kind.ALONE, _GRAMMAR),
+        Parameter("guided_choice", Kind.ALONE, _GRAMMAR),
+        Parameter("guided_grammar", Kind.ALONE, _GRAMMAR),
+        Parameter("tools", Kind.PROMPT, "with tool_choice none; else one call"),
+        Parameter("tool_choice", Kind.ALONE, "a parser or a grammar follows the whole answer", _none_chosen, "none"),
+        Parameter("functions", Kind.ALONE, "a parser follows the whole answer", _empty, "empty"),
+        Parameter("function_call", Kind.ALONE, "a parser follows the whole answer", _none_chosen, "none"),
+        Parameter("parallel_tool_calls", Kind.NOTHING, "chats with tools are one call"),
+        Parameter("include_reasoning", Kind.NOTHING, "chats with a reasoning parser are one call"),
+        Parameter("skip_special_tokens", Kind.CARRIED, ""),
+        Parameter("spaces_between_special_tokens", Kind.CARRIED, "not with special tokens shown"),
+        # what is told beside the text
+        Parameter("stream", Kind.OURS, ""),
+        Parameter("stream_options", Kind.OURS, "usage is counted over the whole answer"),
+        Parameter("stream_interval", Kind.OURS, "taken out: text comes token by token, sooner than asked for"),
+        Parameter("logprobs", Kind.CARRIED, "text_offset is counted from the beginning of the answer"),
+        Parameter("top_logprobs", Kind.CARRIED, ""),
+        Parameter("logprob_token_ids", Kind.CARRIED, ""),
+        Parameter("return_tokens_as_token_ids", Kind.CARRIED, ""),
+        Parameter("return_token_ids", Kind.OURS, ""),
+        Parameter("prompt_logprobs", Kind.ALONE, "the first call alone could tell, and not as a stream"),
+        Parameter("return_prompt_text", Kind.ALONE, "the first call alone could tell", _false, "false"),
+        Parameter("return_token_offsets", Kind.NOTHING, _RENDER),
+        Parameter("mm_payload", Kind.NOTHING, _RENDER),
+        Parameter("return_mm_kwargs", Kind.NOTHING, _RENDER),
+        Parameter("routed_experts_prompt_start", Kind.ALONE, "experts of one call alone", _zero, "0"),
+        # who asks
+        Parameter("user", Kind.CARRIED, ""),
+        Parameter("priority", Kind.OURS, "clients do not order the engine's queue: replaced by the scheduler's"),
+        Parameter("request_id", Kind.OURS, "each call has an id of its own"),
+        Parameter("session_id", Kind.CARRIED, ""),
+        Parameter("cache_salt", Kind.CARRIED, ""),
+        Parameter("kv_transfer_params", Kind.ALONE, "belongs to one call", _empty, "empty"),
+        Parameter("ec_transfer_params", Kind.ALONE, "belongs to one call", _empty, "empty"),
+        Parameter("sim_output_tokens", Kind.PROMPT, "our embedded engine's forced length, written into the prompt"),
+        # of hosted models
+        Parameter("metadata", Kind.NOTHING, _OUTSIDE),
+        Parameter("store", Kind.NOTHING, _OUTSIDE),
+        Parameter("service_tier", Kind.NOTHING, _OUTSIDE),
+        Parameter("safety_identifier", Kind.NOTHING, _OUTSIDE),
+        Parameter("prompt_cache_key", Kind.NOTHING, _OUTSIDE),
+        Parameter("prompt_cache_options", Kind.NOTHING, _OUTSIDE),
+        Parameter("prompt_cache_retention", Kind.NOTHING, _OUTSIDE),
+        Parameter("verbosity", Kind.NOTHING, _OUTSIDE),
+        Parameter("moderation", Kind.ALONE, "may judge the answer as a whole"),
+        Parameter("prediction", Kind.ALONE, "may be compared with the answer as a whole"),
+        Parameter("modalities", Kind.ALONE, "may ask for more than text", _text_alone, '["text"]'),
+        Parameter("audio", Kind.ALONE, "asks for more than text"),
+        Parameter("web_search_options", Kind.ALONE, "a tool of hosted models"),
+    )
 }
-"""Parameters that change meaning across calls, and which values of theirs do nothing. Null never does anything."""
+"""Every parameter of the two generating routes, as vLLM 0.32, llama.cpp's users and OpenAI's reference name them."""
+
+CARRIED = frozenset(name for name, row in PARAMETERS.items() if row.kind is Kind.CARRIED)
+"""Sent again with every continuation; the rest has done its work when the prompt is known, or is set by us."""
+
+_LOGPROBS = frozenset({"logprobs", "top_logprobs", "logprob_token_ids", "return_tokens_as_token_ids"})
+
+_LLAMA_CARRIED = frozenset({"repeat_penalty", "repeat_last_n", "typical_p", "id_slot", "cache_prompt"})
+"""llama.cpp's own, which act on each token and what is before it, whether prompt or answer."""
 
 
-def unsliceable(body: Mapping[str, Any], chat: bool) -> str | None:
+_NOT_BY_TEXT = frozenset({"truncate_prompt_tokens", "continue_final_message"})
+"""What would be done to the answer too, where it is sent back as a part of the prompt."""
+
+
+def carried(body: Mapping[str, Any], way: Way) -> dict[str, Any]:
+    """What of a request goes into each of its continuations."""
+    more = _LLAMA_CARRIED if way is Way.LLAMA else frozenset[str]()
+    return {name: value for name, value in body.items() if value is not None and (name in CARRIED or name in more)}
+
+
+def unsliceable(body: Mapping[str, Any], chat: bool, way: Way) -> str | None:
     """Why this request must be one call (a parameter's name or a few words), or None where it may be sliced.
 
     ``body`` is the request as the client sent it; malformed values are reasons too: the engine is to refuse them.
@@ -92,49 +223,114 @@ def unsliceable(body: Mapping[str, Any], chat: bool) -> str | None:
     for name, value in body.items():
         if value is None:
             continue
-        harmless = _HARMLESS.get(name)
-        if harmless is not None:
-            if not harmless(value):
-                return name
-        elif name == "logprobs":
-            # Chat: a boolean. Completions: a number, of which 0 asks for something.
-            if not (chat and value is False):
-                return name
-        elif name not in _KNOWN:
+        row = PARAMETERS.get(name)
+        if row is None:
+            if way is Way.LLAMA and name in _LLAMA_CARRIED:
+                continue
             return f"unknown parameter {name[:60]}"
-    return _combinations(body) or (_messages(body.get("messages")) if chat else _prompt(body.get("prompt")))
+        if way is Way.TEXT and name in _NOT_BY_TEXT and value is not False:
+            return name
+        if row.kind is Kind.ALONE and not (row.idle is not None and row.idle(value)):
+            return name
+    return (
+        _limits(body, chat)
+        or _stops(body, way)
+        or _draws(body, way)
+        or _told(body, chat, way)
+        or (_chat(body) if chat else _prompt(body.get("prompt")) or _echo(body, way))
+    )
 
 
-def _combinations(body: Mapping[str, Any]) -> str | None:
-    """Parameters that are harmless alone and not together, or whose value we cannot read."""
-    if body.get("seed") is not None and not (
-        type(body.get("temperature")) in (int, float) and body["temperature"] == 0
-    ):
-        return "seed"  # the generator starts again in each call: the same draws again
+def _least(body: Mapping[str, Any], chat: bool) -> float:
+    """The request's own limit, which ``min_tokens`` must not exceed."""
+    asked = [body[n] for n in ("max_completion_tokens", "max_tokens") if (chat or n == "max_tokens") and body.get(n)]
+    return float(asked[0] if asked else "inf" if chat else 16)
+
+
+def _limits(body: Mapping[str, Any], chat: bool) -> str | None:
     for name in ("max_tokens", "max_completion_tokens"):
         value = body.get(name)
         if value is not None and (type(value) is not int or value < 1):
             return name
     minimum = body.get("min_tokens")
-    if minimum is not None and (type(minimum) is not int or minimum < 0):
+    if minimum is not None and (type(minimum) is not int or minimum < 0 or minimum > _least(body, chat)):
         return "min_tokens"
-    options = body.get("stream_options")
-    if options is not None and not isinstance(options, dict):
-        return "stream_options"
-    stop = body.get("stop")
-    if stop and not (isinstance(stop, str) or (isinstance(stop, list) and all(isinstance(s, str) for s in stop))):
-        return "stop"
-    if body.get("skip_special_tokens") is False and body.get("spaces_between_special_tokens") is False:
-        return "spaces_between_special_tokens"  # the detokeniser looks back one token for it
-    if stop:
-        if minimum:
-            return "stop with min_tokens"  # the search begins at a token we could not place in the text
-        if body.get("stop_token_ids") or body.get("skip_special_tokens") is False:
-            return "stop with visible stop tokens"
     return None
 
 
-def _messages(messages: Any) -> str | None:
+def _stops(body: Mapping[str, Any], way: Way) -> str | None:
+    stop = body.get("stop")
+    if stop and not (isinstance(stop, str) or (isinstance(stop, list) and all(isinstance(s, str) for s in stop))):
+        return "stop"
+    if body.get("skip_special_tokens") is False:
+        if body.get("spaces_between_special_tokens") is False:
+            return "spaces_between_special_tokens"  # the detokeniser looks back one token for it
+        if stop:
+            return "stop with special tokens shown"  # which of them ends an answer only the engine knows
+    if body.get("include_stop_str_in_output") not in (None, False) and way in (Way.LLAMA, Way.TEXT):
+        return "include_stop_str_in_output"  # not theirs: an engine that ignores it answers otherwise than we would
+    if stop and way in (Way.LLAMA, Way.TEXT) and body.get("min_tokens"):
+        return "stop with min_tokens"  # where in the text a token stands is not told
+    if stop and way is Way.TEXT and body.get("stop_token_ids"):
+        return "stop with stop_token_ids"
+    return None
+
+
+def _draws(body: Mapping[str, Any], way: Way) -> str | None:
+    """Parameters of the choice of a token that keep their meaning only here and there."""
+    temperature = body.get("temperature")
+    if body.get("seed") is not None and not (type(temperature) in (int, float) and temperature == 0):
+        return "seed"  # the generator starts again in each call: the same draws again
+    if way is Way.LLAMA:
+        return None  # its penalties count prompt and answer alike
+    presence, frequency = body.get("presence_penalty"), body.get("frequency_penalty")
+    if presence is not None and not _zero(presence):
+        return "presence_penalty"  # of a token said before and again, a bias and the engine would each take it off
+    if frequency is None or _zero(frequency):
+        return None
+    if way is Way.TEXT or type(frequency) not in (int, float):
+        return "frequency_penalty"
+    if frequency < 0:
+        return "negative frequency_penalty"  # grows without end, while logit_bias ends at 100
+    repetition = body.get("repetition_penalty")
+    if repetition is not None and repetition != 1:
+        return "frequency_penalty with repetition_penalty"  # that one is multiplied between the bias and this
+    bias = body.get("logit_bias")
+    if bias is not None and not (
+        isinstance(bias, dict)
+        and all(
+            token.isdigit() and type(value) in (int, float) and -100 <= value <= 100 for token, value in bias.items()
+        )
+    ):
+        return "logit_bias"
+    return None
+
+
+def _told(body: Mapping[str, Any], chat: bool, way: Way) -> str | None:
+    """What is to be told beside the text."""
+    options = body.get("stream_options")
+    if options is not None and not isinstance(options, dict):
+        return "stream_options"
+    asked = [name for name in _LOGPROBS if body.get(name) is not None and not _zero(body[name])]
+    if chat:
+        if not asked:
+            return None
+        return None if way is Way.CHAT_IDS and body.get("logprobs") is True else "logprobs"
+    if body.get("logprobs") is None:  # of completions, 0 asks for something
+        asked = [name for name in asked if name == "logprob_token_ids"]
+    elif way in (Way.IDS, Way.CHAT_IDS) and not body.get("echo"):
+        return None
+    else:
+        asked.append("logprobs")
+    return asked[0] if asked else None
+
+
+def _chat(body: Mapping[str, Any]) -> str | None:
+    if body.get("echo") not in (None, False):
+        return "echo"
+    if body.get("tools") is not None and not _empty(body["tools"]) and body.get("tool_choice") != "none":
+        return "tools"
+    messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         return "messages"
     for message in messages:
@@ -149,6 +345,15 @@ def _messages(messages: Any) -> str | None:
             if not isinstance(part, dict) or part.get("type") != "text":
                 return "multimodal content"
     return None
+
+
+def _echo(body: Mapping[str, Any], way: Way) -> str | None:
+    """The prompt in front of the answer, which we can put there if it is a text."""
+    if body.get("echo") in (None, False):
+        return None
+    prompt = body.get("prompt")
+    prompt = prompt[0] if isinstance(prompt, list) else prompt
+    return None if isinstance(prompt, str) and way in (Way.IDS, Way.CHAT_IDS) and body["echo"] is True else "echo"
 
 
 def _prompt(prompt: Any) -> str | None:

@@ -6,6 +6,7 @@ Knows: how vLLM chooses among several matches (the one that completes earliest; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 __all__ = ["Pushed", "Stops"]
@@ -25,38 +26,49 @@ class Pushed(NamedTuple):
 class Stops:
     """Holds back only what may still become a stop string, and finds one across any split of the text.
 
-    ``tail`` is the text held back. It is plain state: a caller that takes text back restores it.
+    ``tail`` is the end of the text that may be the beginning of one: held back, or, where the client wants stop strings
+    in its text (``include``), shown all the same. It is plain state: a caller that takes text back restores it.
     """
 
-    __slots__ = ("_inner", "_stops", "tail")
+    __slots__ = ("_include", "_inner", "_stops", "clear", "tail")
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
+    def __init__(self, stops: tuple[str, ...], *, include: bool = False) -> None:
         self._stops = stops
+        self._include = include
         self._inner = frozenset("".join(stop[:-1] for stop in stops))
         """Characters that can end an unfinished match."""
+        self.clear: Callable[[str], bool] = frozenset(stop[0] for stop in stops).isdisjoint
+        """With no tail, is this text of no interest at all? One quick test for nearly all text."""
         self.tail = ""
 
-    def push(self, text: str) -> Pushed:
-        """Take the next piece of text."""
+    def push(self, text: str, *, search: bool = True) -> Pushed:
+        """Take the next piece of text. Without ``search`` no match may end in it, though one may begin."""
         if not text:
             return Pushed("", None, False)
+        known = len(self.tail)
         text = self.tail + text
         best: str | None = None
         best_end = 0
-        for stop in self._stops:
-            start = text.find(stop)
+        for stop in self._stops if search else ():
+            start = text.find(stop, max(known - len(stop) + 1, 0))
             if start >= 0 and (best is None or start + len(stop) < best_end):
                 best, best_end = stop, start + len(stop)
         if best is not None:
             self.tail = ""
-            return Pushed(text[: best_end - len(best)], best, best_end == len(text))
+            shown = text[known:best_end] if self._include else text[: best_end - len(best)]
+            return Pushed(shown, best, best_end == len(text))
         held = self._held(text)
         self.tail = text[len(text) - held :]
-        return Pushed(text[: len(text) - held], None, False)
+        return Pushed(text[known:] if self._include else text[: len(text) - held], None, False)
+
+    @property
+    def held(self) -> str:
+        """The text that is held back now."""
+        return "" if self._include else self.tail
 
     def flush(self) -> str:
         """The text held back, once the answer has ended without a match."""
-        text, self.tail = self.tail, ""
+        text, self.tail = self.held, ""
         return text
 
     def _held(self, text: str) -> int:

@@ -24,7 +24,7 @@ class WholeStream:
 
     def __init__(self, request: Request, encoder: Encoder) -> None:
         self._encoder = encoder
-        self._single = request.unsliceable not in ("n", "best_of", "use_beam_search", "list of prompts")
+        self._single = _single(request)
         self.text: list[str] = []
         """Of the first choice."""
         self.count = 0
@@ -75,6 +75,14 @@ class WholeStream:
         if usage:
             self.prompt_tokens = usage.get("prompt_tokens")
             self.count = usage.get("completion_tokens") or self.count
+
+
+def _single(request: Request) -> bool:
+    """Does the answer surely have one choice, so that its end is the stream's?"""
+    body = request.body
+    prompt = body.get("prompt")
+    several = isinstance(prompt, list) and len(prompt) > 1 and not all(type(item) is int for item in prompt)
+    return body.get("n") in (None, 1) and not (body.get("use_beam_search") or several)
 
 
 def reported(chunk: dict[str, Any]) -> UpstreamRefused:

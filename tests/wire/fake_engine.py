@@ -65,16 +65,16 @@ class Detokenizer:
 
     def __init__(self, prompt: list[int]) -> None:
         self.ids = list(prompt)
-        text = decode(prompt)
-        self.shown = 0 if text.endswith("�") else len(text)
+        if not decode(prompt[-8:]).endswith("�"):
+            self.ids = []  # nothing of it is owed
 
     def step(self, token: int) -> str:
         self.ids.append(token)
         text = decode(self.ids)
-        if text.endswith("�") or len(text) <= self.shown:
+        if text.endswith("�") or not text:
             return ""
-        new, self.shown = text[self.shown :], len(text)
-        return new
+        self.ids = []
+        return text
 
 
 def first_stop(text: str, new: int, stops: list[str]) -> tuple[int, str] | None:
@@ -99,7 +99,8 @@ class FakeEngine:
     detokenizes: bool = True
     calls: list[dict[str, Any]] = field(default_factory=list)
 
-    def next_token(self, ids: list[int], ignore_eos: bool) -> int:
+    def next_token(self, ids: list[int], ignore_eos: bool, body: dict[str, Any], said: list[int]) -> int:
+        """``said``: this call's own tokens, the only ones that penalties count."""
         h = crc32(repr(ids).encode())
         last = VOCAB[ids[-1]] if ids else b""
         if last in _NEXT and h % 16:
@@ -110,9 +111,21 @@ class FakeEngine:
         if (h >> 12) % 23 == 0:
             return SPECIAL
         starts = WORDS + [b"\xf0\x9f", b"\xe2\x80", b"\xf0\x9f\xa6", b"x\xf0"] * 2
-        return IDS[starts[(h >> 16) % len(starts)]]
+        presence, frequency = body.get("presence_penalty") or 0, body.get("frequency_penalty") or 0
+        bias = body.get("logit_bias") or {}
+        if not (presence or frequency or bias):
+            return IDS[starts[(h >> 16) % len(starts)]]
+        best, best_score = EOS, float("-inf")
+        for rank in range(4):
+            token = IDS[starts[crc32(b"%d %d" % (h, rank)) % len(starts)]]
+            score = bias.get(str(token), 0) - presence * (token in said) - frequency * said.count(token) - rank
+            if score > best_score:
+                best, best_score = token, score
+        return best
 
     def prompt_ids(self, body: dict[str, Any], chat: bool) -> list[int]:
+        if body.get("kv_transfer_params"):
+            return list(body["kv_transfer_params"]["prompt_token_ids"])
         if chat:
             text = "".join(f"<{m['role']}>{m['content']}" for m in body["messages"])
             return encode_text(text if body.get("continue_final_message") else text + "<assistant>")
@@ -133,7 +146,9 @@ class FakeEngine:
         text, sent = "", 0
         for count in range(1, limit + 1):
             banned = count <= (body.get("min_tokens") or 0)
-            token = self.next_token(ids, bool(body.get("ignore_eos")) or banned)
+            token = self.next_token(ids, bool(body.get("ignore_eos")) or banned, body, ids[len(prompt) :])
+            if banned and token in stop_ids:
+                token = IDS[b"!"]
             ids.append(token)
             finish, reason = ("length", None) if count == limit else (None, None)
             ended = token == EOS and not body.get("ignore_eos")
@@ -142,7 +157,7 @@ class FakeEngine:
             if finish != "stop" or include:
                 new = detokenizer.step(token)
                 text += new
-                best = first_stop(text, len(new), stops)
+                best = first_stop(text, len(new), stops) if not banned else None
                 if best is not None:
                     end, reason = best
                     text = text[: end if include else end - len(reason)]
@@ -178,13 +193,40 @@ class FakeEngine:
         asked = body.get("max_completion_tokens") or body.get("max_tokens")
         if asked is not None and asked > self.context:
             raise Refused(400, f"max_tokens={asked} cannot be greater than max_model_len={self.context}.")
-        if (body.get("min_tokens") or 0) > (asked or self.context):
-            raise Refused(400, "min_tokens must be less than or equal to max_tokens")
         if len(prompt) >= self.context:
             raise Refused(400, "the prompt is too long")
+        if (body.get("min_tokens") or 0) > min(asked or self.context, self.context - len(prompt)):
+            raise Refused(400, "min_tokens must be less than or equal to max_tokens")
         if not call.stream:
             return [orjson.dumps(self.document(body, chat, prompt))]
         return [orjson.dumps(chunk) for chunk in self.chunks(body, chat, prompt)] + [DONE]
+
+    def logprobs(
+        self, body: dict[str, Any], chat: bool, prompt: list[int], said: list[int], ids: list[int]
+    ) -> dict[str, Any] | None:
+        """Of ``ids``, which follow the prompt and what this call said: functions of all ids so far."""
+        asked = body.get("logprobs")
+        if asked is None or asked is False:
+            return None
+        detokenizer, sofar = Detokenizer(prompt), prompt + said
+        for token in said:
+            detokenizer.step(token)
+        tokens, values, tops = [], [], []
+        for token in ids:
+            sofar.append(token)
+            tokens.append(detokenizer.step(token) or ("<eos>" if token == EOS else ""))
+            values.append(-(crc32(repr(sofar).encode()) % 997) / 100)
+            number = body.get("top_logprobs") or 0 if chat else asked
+            tops.append({f"t{crc32(repr((sofar, i)).encode()) % 50}": values[-1] - i for i in range(number)})
+        if chat:
+            shape = lambda text, value: {"token": text, "logprob": value, "bytes": list(text.encode())}  # noqa: E731
+            return {
+                "content": [
+                    shape(text, value) | {"top_logprobs": [shape(*pair) for pair in top.items()]}
+                    for text, value, top in zip(tokens, values, tops, strict=True)
+                ]
+            }
+        return {"text_offset": [], "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}
 
     def usage(self, prompt: list[int], count: int) -> dict[str, Any]:
         usage: dict[str, Any] = {
@@ -215,14 +257,22 @@ class FakeEngine:
             }
             shown = {"prompt_token_ids": prompt if shows_ids else None, "prompt_text": None}
             yield base | {"choices": [choice]} | running(0) | shown
-        count = 0
+        count = offset = 0
+        said: list[int] = []
+        echo = "" if chat or not body.get("echo") or shows_ids else decode(prompt)
         for text, ids, finish, reason in self.deltas(body, prompt):
+            logprobs = self.logprobs(body, chat, prompt, said, ids)
+            if logprobs is not None and not chat:
+                logprobs["text_offset"], offset = _offsets(logprobs["tokens"], offset)
+            said += ids
+            text = echo + text
             choice = {"index": 0} | ({"delta": {"content": text}} if chat else {"text": text})
-            choice |= {"logprobs": None, "finish_reason": finish}
+            choice |= {"logprobs": logprobs, "finish_reason": finish}
             if finish or not chat:
                 choice["stop_reason"] = reason
             if not chat:
-                choice["prompt_token_ids"] = prompt if shows_ids and not count else None
+                choice["prompt_token_ids"] = prompt if (shows_ids or echo) and not count else None
+            echo = ""
             choice["token_ids"] = ids if shows_ids else None
             count += len(ids)
             last = {"system_fingerprint": "fp"} if finish and not options.get("include_usage") else {}
@@ -235,12 +285,17 @@ class FakeEngine:
         for new, token, finish, reason in self.generate(body, prompt):  # noqa: B007
             text, ids = text + new, ids + token
         shows_ids = bool(body.get("return_token_ids"))
+        logprobs = self.logprobs(body, chat, prompt, [], ids)
+        if logprobs is not None and not chat:
+            logprobs["text_offset"] = _offsets(logprobs["tokens"], 0)[0]
+        if not chat and body.get("echo") and not shows_ids:
+            text = decode(prompt) + text
         choice: dict[str, Any] = {"index": 0}
         message = {"role": "assistant", "content": text} | dict.fromkeys(
             ("refusal", "annotations", "audio", "function_call", "reasoning")
         )
         choice |= {"message": message} if chat else {"text": text}
-        choice |= {"logprobs": None, "finish_reason": finish, "stop_reason": reason}
+        choice |= {"logprobs": logprobs, "finish_reason": finish, "stop_reason": reason}
         choice["token_ids"] = ids if shows_ids else None
         choice |= {"routed_experts": None} if chat else {"prompt_logprobs": None, "routed_experts": None}
         number = len(self.calls)
@@ -260,6 +315,14 @@ class FakeEngine:
         document |= {"prompt_logprobs": None, "prompt_text": None} if chat else {}
         (document if chat else choice)["prompt_token_ids"] = prompt if shows_ids else None
         return document
+
+
+def _offsets(tokens: list[str], offset: int) -> tuple[list[int], int]:
+    offsets = []
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(token)
+    return offsets, offset
 
 
 @dataclass
@@ -287,9 +350,10 @@ def serve(
     model: str = "served",
     lore: Lore | None = None,
     default_limit: int | None = None,
+    chat_ids: bool = True,
 ) -> tuple[Answer, bytes]:
     """What the dispatcher does: calls until the answer is finished. Returns it and the bytes its client got."""
-    answer = Answer(request, mode, context=engine.context, lore=lore, default_limit=default_limit)
+    answer = Answer(request, mode, context=engine.context, lore=lore, default_limit=default_limit, chat_ids=chat_ids)
     got = b""
     for _ in range(2000):
         limit = script.limits.pop(0) if script.limits else script.rest
@@ -362,7 +426,7 @@ def joined(data: bytes, request: Request) -> dict[str, Any]:
         "fingerprint": [chunk["system_fingerprint"] for chunk in chunks if "system_fingerprint" in chunk],
         "prompt_ids": [c for chunk in chunks if (c := chunk.get("prompt_token_ids"))],
         "usage": [chunk["usage"] for chunk in chunks if "usage" in chunk and not chunk["choices"]],
-        "roles": [], "text": "", "finish": [], "token_ids": [], "keys": set(),
+        "roles": [], "text": "", "finish": [], "token_ids": [], "keys": set(), "logprobs": [],
     }  # fmt: skip
     for chunk in chunks:
         for choice in chunk["choices"]:
@@ -372,5 +436,8 @@ def joined(data: bytes, request: Request) -> dict[str, Any]:
             result["roles"] += [delta["role"]] if "role" in delta else []
             result["finish"] += [(choice["finish_reason"], choice["stop_reason"])] if choice["finish_reason"] else []
             result["token_ids"] += choice.get("token_ids") or []
+            if choice["logprobs"]:
+                lists = choice["logprobs"]
+                result["logprobs"] += lists["content"] if "content" in lists else zip(*lists.values(), strict=True)
             result["keys"].add((*chunk, "|", *choice))
     return result

@@ -257,30 +257,30 @@ def test_detokenize_is_not_there() -> None:
 
 
 def test_a_whole_stream_is_relayed_to_the_byte() -> None:
-    request = make_request(Route.CHAT, stream=True, presence_penalty=1, stream_options={"include_usage": True})
+    request = make_request(Route.CHAT, stream=True, bad_words=["x"], stream_options={"include_usage": True})
     answer, got = serve(FakeEngine(), request, Script(rest=3))
     assert got == direct(FakeEngine(), request)
-    assert (answer.mode, answer.reason) == (Mode.WHOLE, "presence_penalty")
+    assert (answer.mode, answer.reason) == (Mode.WHOLE, "bad_words")
     assert answer.attained == joined(got, request)["usage"][0]["completion_tokens"]
     assert answer.text == joined(got, request)["text"]
 
 
 def test_a_whole_document_is_relayed_to_the_byte() -> None:
-    request = make_request(Route.CHAT, presence_penalty=1)
+    request = make_request(Route.CHAT, bad_words=["x"])
     answer, got = serve(FakeEngine(), request, Script(rest=3))
     assert got == direct(FakeEngine(), request)
     assert answer.text == orjson.loads(got)["choices"][0]["message"]["content"]
 
 
 def test_a_whole_stream_under_an_alias() -> None:
-    request = make_request(Route.CHAT, stream=True, presence_penalty=1, model="alias")
+    request = make_request(Route.CHAT, stream=True, bad_words=["x"], model="alias")
     _, got = serve(FakeEngine(), request, Script())
     assert b'"model":"alias"' in got
     assert b'"served"' not in got
 
 
 def test_a_broken_whole_call_is_sent_again_unless_something_was_handed_out() -> None:
-    request = make_request(Route.CHAT, stream=True, presence_penalty=1)
+    request = make_request(Route.CHAT, stream=True, bad_words=["x"])
     payloads = FakeEngine().run(Call(request.route.value, request.raw, True))
     answer = Answer(request, Mode.IDS)
     begin(answer)

@@ -1,4 +1,4 @@
-"""What is read of a request, and which requests may be sliced."""
+"""What is read of a request."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from elis_gateway.errors import ClientError
+from elis_gateway.wire.continuation import Answer, Mode
 from elis_gateway.wire.openai import Request, Route, parse
+from elis_gateway.wire.parameters import Way, unsliceable
 
 
 def chat(**body: Any) -> Request:
@@ -35,65 +37,6 @@ def test_fields() -> None:
     assert completion(stop=["a", "", "b"]).stop == ("a", "b")
     assert not chat(stream_options={"include_usage": True}).include_usage  # says nothing without a stream
     assert parse(Route.CHAT, b"{}").model == ""
-
-
-HARMLESS: list[dict[str, Any]] = [
-    {}, {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.1, "logit_bias": {"5": 1}},
-    {"presence_penalty": 0, "frequency_penalty": 0.0, "n": 1, "best_of": 1, "seed": None, "echo": False},
-    {"seed": 3, "temperature": 0}, {"repetition_penalty": 1.2, "ignore_eos": True, "min_tokens": 4},
-    {"stop": ["a", "b"], "user": "me", "stop_token_ids": []}, {"stop_token_ids": [3]}, {"skip_special_tokens": False},
-    {"response_format": {"type": "text"}, "bad_words": [], "suffix": None, "priority": 3, "return_token_ids": True},
-]  # fmt: skip
-HARMFUL: list[tuple[str, dict[str, Any]]] = [
-    ("presence_penalty", {"presence_penalty": 0.1}), ("frequency_penalty", {"frequency_penalty": -1}),
-    ("seed", {"seed": 3}), ("seed", {"seed": 3, "temperature": 0.5}), ("n", {"n": 2}), ("best_of", {"best_of": 3}),
-    ("echo", {"echo": True}), ("bad_words", {"bad_words": ["x"]}), ("use_beam_search", {"use_beam_search": True}),
-    ("response_format", {"response_format": {"type": "json_object"}}), ("suffix", {"suffix": "x"}),
-    ("include_stop_str_in_output", {"include_stop_str_in_output": True}), ("max_tokens", {"max_tokens": 0}),
-    ("max_tokens", {"max_tokens": "5"}), ("max_tokens", {"max_tokens": True}), ("stop", {"stop": [3]}),
-    ("stop with min_tokens", {"stop": "x", "min_tokens": 3}),
-    ("stop with visible stop tokens", {"stop": "x", "stop_token_ids": [3]}),
-    ("unknown parameter foo", {"foo": 1}), ("unknown parameter guided_json", {"guided_json": {}}),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("body", HARMLESS)
-def test_harmless_parameters(body: dict[str, Any]) -> None:
-    assert chat(**body).unsliceable is None
-    assert completion(**body).unsliceable is None
-
-
-@pytest.mark.parametrize(("reason", "body"), HARMFUL)
-def test_parameters_whose_meaning_a_seam_would_change(reason: str, body: dict[str, Any]) -> None:
-    assert chat(**body).unsliceable == reason
-    assert completion(**body).unsliceable == reason
-
-
-def test_parameters_of_one_route() -> None:
-    assert chat(logprobs=False, top_logprobs=0, tools=[], tool_choice="none").unsliceable is None
-    assert chat(logprobs=True).unsliceable == "logprobs"
-    assert completion(logprobs=0).unsliceable == "logprobs"
-    assert chat(tools=[{"type": "function"}]).unsliceable == "tools"
-    assert chat(tool_choice="auto").unsliceable == "tool_choice"
-    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
-    assert chat(messages=image).unsliceable == "multimodal content"
-    assert chat(messages=[{"role": "user", "content": [{"type": "text", "text": "x"}]}]).unsliceable is None
-    assert chat(messages="hi").unsliceable == "messages"
-
-
-@pytest.mark.parametrize("prompt", ["x", [1, 2], ["x"], [[1, 2]]])
-def test_one_prompt_in_any_shape(prompt: Any) -> None:
-    assert completion(prompt=prompt).unsliceable is None
-
-
-@pytest.mark.parametrize("prompt", [["x", "y"], [[1], [2]]])
-def test_several_prompts(prompt: Any) -> None:
-    assert completion(prompt=prompt).unsliceable == "list of prompts"
-
-
-@pytest.mark.parametrize("prompt", [None, 3, [], [True], {"a": 1}, [None]])
-def test_prompts_we_cannot_read(prompt: Any) -> None:
-    assert completion(prompt=prompt).unsliceable == "prompt"
 
 
 def test_conversations_chain() -> None:
@@ -127,16 +70,23 @@ json = st.recursive(
 names = st.sampled_from([
     "model", "messages", "prompt", "stream", "stream_options", "max_tokens", "max_completion_tokens", "stop", "seed",
     "temperature", "n", "tools", "response_format", "min_tokens", "logprobs", "skip_special_tokens", "bad_words",
+    "echo", "presence_penalty", "logit_bias", "stop_token_ids", "include_stop_str_in_output", "return_token_ids",
 ])  # fmt: skip
 
 
 @given(st.sampled_from(list(Route)), st.dictionaries(names, json, max_size=8))
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_body_breaks_the_parser(route: Route, body: dict[str, Any]) -> None:
     try:
         request = parse(route, orjson.dumps(body))
     except ClientError:
         return
+    for way in Way:
+        why = unsliceable(request.body, request.chat, way)
+        if why is None:  # then it can be continued
+            assert Answer(request, Mode.IDS).call(5, model="m").body
     assert isinstance(request.prompt_text, str)
+    assert isinstance(request.echo, str)
     assert all(isinstance(part, str) for part in request.app_parts)
     request.conversation_key()
     request.next_conversation_key("x")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from elis_gateway.wire.continuation import Lore, Mode
 from elis_gateway.wire.openai import Request, Route
+from elis_gateway.wire.parameters import Way, unsliceable
 from tests.wire.fake_engine import FakeEngine, Script, direct, joined, make_request, serve
+
+EXAMPLES = int(os.environ.get("ELIS_SEAM_EXAMPLES", "300"))
+"""More of them is a longer night: 300 take seconds."""
 
 routes = st.sampled_from(list(Route))
 scripts = st.builds(
@@ -29,9 +34,9 @@ bodies = st.fixed_dictionaries(
         "stream": st.booleans(),
         "return_token_ids": st.just(True),
         "ignore_eos": st.booleans(),
-        "min_tokens": st.just(0),
+        "min_tokens": st.integers(0, 8),
     },
-)
+).map(lambda body: body | {"min_tokens": min(body.get("min_tokens", 0), body["max_tokens"])})
 
 
 def without_identity(data: bytes) -> list[dict[str, Any]]:
@@ -50,13 +55,13 @@ def check(engine: FakeEngine, request: Request, script: Script, lore: Lore | Non
 
 
 @given(routes, bodies, scripts)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=EXAMPLES // 2, deadline=None)
 def test_any_cut_gives_the_bytes_of_one_call(route: Route, body: dict[str, Any], script: Script) -> None:
     check(FakeEngine(), make_request(route, **body), script)
 
 
 @given(routes, bodies, scripts, st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple), st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=EXAMPLES // 2, deadline=None)
 def test_several_tokens_to_a_delta(
     route: Route, body: dict[str, Any], script: Script, merge: tuple[int, ...], learned: bool
 ) -> None:
@@ -71,15 +76,55 @@ stops = st.sampled_from(["A", "AB", "BA", " the", "e", "🙂", " a\n", "the!", "
 
 
 @given(routes, bodies, scripts, st.lists(stops, min_size=1, max_size=3), st.sampled_from([(1,), (2,), (1, 3)]))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=EXAMPLES // 2, deadline=None)
 def test_stop_strings(
     route: Route, body: dict[str, Any], script: Script, stop: list[str], merge: tuple[int, ...]
 ) -> None:
     check(FakeEngine(merge, eos=200), make_request(route, **body | {"stop": stop}), script)
 
 
+everything = st.fixed_dictionaries(
+    {},
+    optional={
+        "stop": st.lists(stops, min_size=1, max_size=3),
+        "stop_token_ids": st.lists(st.sampled_from([3, 6, 10, 13]), min_size=1, max_size=2),
+        "include_stop_str_in_output": st.booleans(),
+        "frequency_penalty": st.sampled_from([0.5, 2]),
+        "logit_bias": st.dictionaries(st.sampled_from(["3", "4", "14"]), st.sampled_from([-100, 1.5]), max_size=2),
+        "asked": st.sampled_from([None, 0, 2]),
+        "echo": st.booleans(),
+        "stream_options": st.sampled_from([{"include_usage": True, "continuous_usage_stats": True}]),
+    },
+)
+
+
+@given(routes, bodies, scripts, everything, st.sampled_from([(1,), (1,), (1, 2, 1)]), st.booleans())
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_all_parameters_mixed(
+    route: Route,
+    body: dict[str, Any],
+    script: Script,
+    more: dict[str, Any],
+    merge: tuple[int, ...],
+    small: bool,
+) -> None:
+    more = dict(more)
+    asked = more.pop("asked", None)
+    if asked is not None:
+        more |= {"logprobs": True, "top_logprobs": asked} if route is Route.CHAT else {"logprobs": asked}
+    if route is Route.CHAT or asked is not None:
+        more.pop("echo", None)
+    body = {**body, **more}
+    if not body.get("stream"):
+        body.pop("stream_options", None)
+    engine = FakeEngine(merge, eos=60, context=130 if small else 400)
+    request = make_request(route, **body)
+    assert unsliceable(request.body, request.chat, Way.CHAT_IDS) is None
+    check(engine, request, script)
+
+
 @given(routes, bodies, scripts, st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=EXAMPLES // 2, deadline=None)
 def test_usage_is_that_of_one_call(route: Route, body: dict[str, Any], script: Script, continuous: bool) -> None:
     options = {"include_usage": True, "continuous_usage_stats": continuous}
     request = make_request(route, **body | {"stream": True, "stream_options": options})

@@ -1,0 +1,128 @@
+"""Write docs/compatibility.md: what becomes of every parameter, asked of the code that decides it.
+
+    python docs/generate_compatibility.py
+
+A test compares what is stored with what this would write, so that the table cannot go stale.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from elis_gateway.wire.parameters import PARAMETERS, Parameter, Way, unsliceable
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "compatibility.md"
+FIELDS = json.loads((ROOT / "tests" / "wire" / "vllm_0_32_parameters.json").read_text())
+
+COLUMNS: tuple[tuple[str, bool, Way], ...] = (
+    ("vLLM chat", True, Way.CHAT_IDS),
+    ("vLLM completions", False, Way.CHAT_IDS),
+    ("llama.cpp", True, Way.LLAMA),
+    ("by text", False, Way.TEXT),
+)
+
+VALUES: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "x"}], "prompt": "x", "echo": True, "max_tokens": 9, "min_tokens": 3,
+    "max_completion_tokens": 9, "ignore_eos": True, "stop": ["x"], "stop_token_ids": [5], "seed": 7,
+    "include_stop_str_in_output": True, "temperature": 0.5, "presence_penalty": 0.5, "frequency_penalty": 0.5,
+    "repetition_penalty": 1.1, "logit_bias": {"5": 1}, "n": 2, "stream_options": {"include_usage": True}, "stream": True,
+    "logprobs": True, "top_logprobs": 2, "logprob_token_ids": [5], "bad_words": ["x"], "tools": [{}],
+    "return_tokens_as_token_ids": True, "return_prompt_text": True, "routed_experts_prompt_start": 4,
+}  # fmt: skip
+"""A value of each parameter that does something; "x" for the others."""
+
+BESIDE: dict[str, dict[str, Any]] = {
+    "top_logprobs": {"logprobs": True}, "logprob_token_ids": {"logprobs": True}, "seed": {"temperature": 0},
+    "return_tokens_as_token_ids": {"logprobs": True}, "tools": {"tool_choice": "none"},
+    "min_tokens": {"max_tokens": 9},
+}  # fmt: skip
+"""What a parameter needs beside it to mean something, or to be in the better of its two cases."""
+
+INTRODUCTION = """\
+# Compatibility
+
+What works against the engine works against the gateway. Each parameter has one of three fates:
+
+- **sliced**: the answer may be produced by several calls and be interrupted between tokens, and its client cannot
+  tell.
+- **one call**: a seam would change what the parameter means, so the request runs as one call: still queued and ordered
+  by its predicted length, but not interrupted. With `X-Elis-Debug: 1` the answer says why in `X-Elis-Sliced`.
+- **refused**: only what the engine itself refuses, with the engine's own status and text. The gateway validates what it
+  reads itself (JSON, the model's name, `stream`) and relays everything else untouched: a parameter that is not in this
+  table reaches the engine as it is, in one call, because nobody has shown that it survives a seam.
+
+"""
+
+NOTES = """
+*vLLM*: upstreams that return token ids and take them as a prompt (0.32 and most versions before it). Log-probabilities
+of chats are sliced where ids are taken as a chat's prompt too, which the gateway finds out by asking (0.32); elsewhere
+they are one call. *llama.cpp*: its server, by ids and texts mixed. *by text*: `continuation: text`, for servers that
+the operator trusts to continue a text; never chosen by itself.
+
+## What is exact, and where it ends
+
+- At temperature 0 and in float32 a sliced answer has the tokens of one call. In bfloat16 any two calls may differ at
+  near-ties, sliced or not, because prefill and decode round differently.
+- Above temperature 0 the distribution is the same, but for characters of several tokens that begin just before a seam:
+  those survive it with less than their probability (see `wire/continuation.py`).
+- `seed` above temperature 0: the engine's generator starts again in each call. Such a request is one call, so the same
+  seed gives the same answer as without the gateway.
+- `frequency_penalty`: what earlier calls said is taken off by `logit_bias`, the rest by the engine: the same sum, in
+  another order of float32 additions. A bias ends at 100, a penalty does not: a token said so often that the limit
+  matters is not drawn either way. `presence_penalty` cannot be done like this: the engine would take it off once more
+  when a token comes again.
+- `stop`: text is held back only while it may still become a stop string, so a stream is never later than the engine's
+  own, which holds back as many characters as the longest stop string has.
+- `usage.prompt_tokens_details` is that of the call that read the client's prompt. A call that was interrupted never
+  says what it found in the cache; then only a later call's word is left, limited to the prompt.
+- The number of chunks in a stream, ids and timestamps are not promised.
+"""
+
+
+def fate(row: Parameter, chat: bool, way: Way) -> str:
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
+    body |= {"model": "m", row.name: VALUES.get(row.name, "x")} | BESIDE.get(row.name, {})
+    if not chat:
+        body.pop("tool_choice", None)
+        if "logprobs" in body:
+            body["logprobs"] = 2
+    return "one call" if unsliceable(body, chat, way) else "sliced"
+
+
+def fates(row: Parameter) -> list[str]:
+    return ["–" if not known(row, chat) else fate(row, chat, way) for _, chat, way in COLUMNS]
+
+
+def known(row: Parameter, chat: bool) -> bool:
+    """Does the route have it? What vLLM has on neither is other servers' and may be sent on both."""
+    if not any(row.name in FIELDS[route] for route in FIELDS):
+        return True
+    return row.name in FIELDS["chat" if chat else "completions"]
+
+
+def note(row: Parameter) -> str:
+    words = row.why
+    if row.idle_words:
+        words += f"; sliced where it is {row.idle_words}"
+    return words
+
+
+def page() -> str:
+    rows: Mapping[str, list[str]] = {name: fates(row) for name, row in PARAMETERS.items()}
+    lines = [INTRODUCTION.rstrip(), "", "| | " + " | ".join(title for title, *_ in COLUMNS) + " |"]
+    lines.append("|---|" + "---|" * len(COLUMNS))
+    for word in ("sliced", "one call"):
+        counts = (str(sum(row[column] == word for row in rows.values())) for column in range(len(COLUMNS)))
+        lines += [f"| **{word}** | " + " | ".join(counts) + " |"]
+    lines += ["", "| parameter | " + " | ".join(title for title, *_ in COLUMNS) + " | how, or why not |"]
+    lines.append("|---|" + "---|" * (len(COLUMNS) + 1))
+    lines += [f"| `{name}` | " + " | ".join(row) + f" | {note(PARAMETERS[name])} |" for name, row in rows.items()]
+    return "\n".join(lines) + "\n" + NOTES
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
