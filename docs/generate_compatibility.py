@@ -29,7 +29,8 @@ VALUES: dict[str, Any] = {
     "messages": [{"role": "user", "content": "x"}], "prompt": "x", "echo": True, "max_tokens": 9, "min_tokens": 3,
     "max_completion_tokens": 9, "ignore_eos": True, "stop": ["x"], "stop_token_ids": [5], "seed": 7,
     "include_stop_str_in_output": True, "temperature": 0.5, "presence_penalty": 0.5, "frequency_penalty": 0.5,
-    "repetition_penalty": 1.1, "logit_bias": {"5": 1}, "n": 2, "stream_options": {"include_usage": True}, "stream": True,
+    "repetition_penalty": 1.1, "logit_bias": {"5": 1}, "n": 2, "stream": True,
+    "stream_options": {"include_usage": True},
     "logprobs": True, "top_logprobs": 2, "logprob_token_ids": [5], "bad_words": ["x"], "tools": [{}],
     "return_tokens_as_token_ids": True, "return_prompt_text": True, "routed_experts_prompt_start": 4,
 }  # fmt: skip

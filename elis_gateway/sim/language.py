@@ -19,7 +19,7 @@ penalised request shows. ``logit_bias`` moves a token's score as far as the pena
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import exp, log
 from statistics import NormalDist
@@ -77,8 +77,8 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the score of a token, by id (``logit_bias``)."""
+    bias: tuple[tuple[int, float], ...] = ()
+    """Token ids and what is added to their scores (``logit_bias``)."""
 
     @property
     def plain(self) -> bool:
@@ -155,7 +155,7 @@ class Walker:
     Cost: O(len(ids)) to make, O(1) per step.
     """
 
-    __slots__ = ("_counts", "_follow", "_hash", "_hazard", "_seen", "left", "made", "sampling")
+    __slots__ = ("_bias", "_counts", "_follow", "_hash", "_hazard", "_seen", "left", "made", "sampling")
 
     def __init__(self, ids: Sequence[int], *, start: int, hazard: int, sampling: Sampling = GREEDY) -> None:
         value = start
@@ -174,6 +174,7 @@ class Walker:
         self.sampling = sampling
         self.made = 0
         self._counts: dict[int, int] = {}
+        self._bias = dict(sampling.bias)
         self._seen = set(ids) if sampling.repetition_penalty != 1.0 else set()
 
     def ends(self) -> bool:
@@ -227,7 +228,7 @@ class Walker:
             times = self._counts.get(token, 0)
             if times:
                 score -= sampling.presence_penalty + sampling.frequency_penalty * times
-            score += sampling.bias.get(token, 0.0)
+            score += self._bias.get(token, 0.0)
             if token in self._seen:
                 score -= log(sampling.repetition_penalty)
             if score > best_score:

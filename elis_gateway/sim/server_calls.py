@@ -266,13 +266,13 @@ def _stops(fields: _Fields, limit: int) -> Stops:
     )
 
 
-def _bias(given: object) -> dict[int, float]:
+def _bias(given: object) -> tuple[tuple[int, float], ...]:
     if given is None:
-        return {}
+        return ()
     if not isinstance(given, dict):
         raise _invalid("logit_bias", "dictionary", given)
     try:
-        return {int(token): min(max(float(value), -100.0), 100.0) for token, value in given.items()}
+        return tuple((int(token), min(max(float(value), -100.0), 100.0)) for token, value in given.items())
     except (TypeError, ValueError):
         raise bad_request("logit_bias contains key(s) that cannot be converted to integers", "logit_bias") from None
 
