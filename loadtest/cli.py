@@ -158,6 +158,55 @@ def _fields(text: str) -> dict[str, Any]:
     return found
 
 
+@cli.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def report(folder: Path) -> None:
+    """Make the reports of a stored run anew: figures, tables, plots and HTML from its rows."""
+    try:
+        from loadtest import store
+        from loadtest.report import html
+    except ModuleNotFoundError as error:
+        raise MissingExtra("loadtest", "loadtest report") from error
+    experiment = store.read(folder)
+    store.write(folder, experiment)
+    html.write(folder, experiment)
+    click.echo(f"{folder / 'report.html'}")
+
+
+@cli.command("compare")
+@click.argument("ours", metavar="A[:SETTING]")
+@click.argument("theirs", metavar="B[:SETTING]")
+@click.option(
+    "--fail-above", multiple=True, metavar="FIGURE=RATIO", help="Exit with 1 where A's figure is more times B's."
+)
+@click.option(
+    "--fail-below", multiple=True, metavar="FIGURE=RATIO", help="Exit with 1 where A's figure is fewer times B's."
+)
+def compare_stored(ours: str, theirs: str, fail_above: tuple[str, ...], fail_below: tuple[str, ...]) -> None:
+    """Hold one stored run against another on the same workloads.
+
+    \b
+    elis-gateway loadtest compare runs/new runs/old --fail-above jct.mean=1.05 --fail-above jct.p90=1.1
+    elis-gateway loadtest compare runs/both:isrtf runs/both:fcfs
+
+    Figures: jct.mean, jct.p50, jct.p90, jct.p99, jct.max, wait.mean, ttft.mean, ttft.p90, tpot.mean, slowdown.mean,
+    slowdown.longest_decile, throughput.tokens_per_second, goodput.share.
+    """
+    try:
+        from loadtest import stored
+        from loadtest.live import Screen
+    except ModuleNotFoundError as error:
+        raise MissingExtra("loadtest", "loadtest compare") from error
+    limits = [stored.limit(text, above=True) for text in fail_above]
+    limits += [stored.limit(text, above=False) for text in fail_below]
+    found = stored.compared(ours, theirs)
+    Screen().table(*stored.rows(found))
+    for line in (said := stored.broken(found, limits)):
+        click.echo(line, err=True)
+    if said:
+        sys.exit(1)
+
+
 @cli.command("make-workload")
 @click.argument("path", type=click.Path(dir_okay=False, path_type=Path))
 @work_options

@@ -90,6 +90,7 @@ def execute(options: Options, work: Work, screen: Screen) -> tuple[Path, Experim
     if not experiment.runs:
         raise GatewayError("stopped before the first run was done: nothing to store")
     arms = store.write(folder, experiment)
+    drawn = _plots(folder, experiment, screen)
     for table in tables(experiment, arms)[:4]:
         screen.heading(table.title)
         screen.table(table.heads, table.rows)
@@ -98,8 +99,19 @@ def execute(options: Options, work: Work, screen: Screen) -> tuple[Path, Experim
     if said := verdict(experiment, arms):
         screen.heading("In short")
         screen.lines(f"- {line}" for line in said)
-    screen.say(f"\n{folder}: report.md, summary.json, summary.csv, comparison.csv, rows.jsonl")
+    screen.say(f"\n{folder}: {drawn}report.md, summary.json, summary.csv, comparison.csv, rows.jsonl")
     return folder, experiment
+
+
+def _plots(folder: Path, experiment: Experiment, screen: Screen) -> str:
+    """What was drawn, in words."""
+    try:
+        from loadtest.report import html
+    except ModuleNotFoundError:
+        screen.say("no plots: pip install 'elis-gateway[loadtest]', then: elis-gateway loadtest report FOLDER")
+        return ""
+    html.write(folder, experiment)
+    return "report.html, plots/, "
 
 
 def _experiment(options: Options, workloads: dict[int, Workload], config: dict[str, Any]) -> Experiment:

@@ -210,7 +210,7 @@ def _json(path: Path, value: Any) -> None:
 
 
 def _when(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
 
 
 # ---- and back -------------------------------------------------------------------------------------------------------
