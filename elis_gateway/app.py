@@ -13,7 +13,7 @@ import ssl
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
@@ -26,7 +26,7 @@ from elis_gateway.config import Scheduler as SchedulerSection
 from elis_gateway.core.placement import UpstreamInfo
 from elis_gateway.core.scheduler import Scheduler
 from elis_gateway.dispatcher import Dispatcher
-from elis_gateway.errors import ConfigError
+from elis_gateway.errors import ConfigError, MissingExtra
 from elis_gateway.flight import Flight, Observer
 from elis_gateway.handlers import Handlers, describe
 from elis_gateway.intake import Intake
@@ -40,6 +40,9 @@ from elis_gateway.traffic_log import TrafficLog
 from elis_gateway.upstream.fleet import Fleet
 from elis_gateway.upstream.http import check
 from elis_gateway.upstream.relay import Relay
+
+if TYPE_CHECKING:
+    from elis_gateway.tracing import Tracer
 
 __all__ = ["Gateway", "serve"]
 
@@ -96,6 +99,7 @@ class Gateway:
         self._traffic_log = self._make_traffic_log()
         self._keys = config_module.keys(config)
         self.door = Door(self._keys, config.limits, scheduler.classes, self._loop.time, self.patience)
+        self._tracer = self._make_tracer()
         self._intake = Intake(
             self.fleet,
             self._loop.time,
@@ -106,11 +110,14 @@ class Gateway:
             door=self.door,
             forward_credentials=any(u.forward_credentials for u in config.upstreams),
             reads_text=self.predictor is not None and self.predictor.reads_text,
+            trace=None if self._tracer is None else self._tracer.parent,
         )
         self._live = Live(self.core, lambda: self.flights, time.time() - self._loop.time())
         observers: list[Observer] = [self.door, self._intake, self.metrics, self.journal, self._live]
         if self._traffic_log is not None:
             observers.append(self._traffic_log)
+        if self._tracer is not None:
+            observers.append(self._tracer)
         self.dispatcher = Dispatcher(
             self.core,
             self.predictor,
@@ -159,6 +166,8 @@ class Gateway:
         await self.fleet.close()
         if self._traffic_log is not None:
             await asyncio.to_thread(self._traffic_log.close)
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
 
     def _save(self) -> None:
         if self.predictor is None:
@@ -252,6 +261,17 @@ class Gateway:
     def key_hash(self) -> str | None:
         """Hash of the key that the admin listener asks for."""
         return self.config.admin.key_hash
+
+    def _make_tracer(self) -> Tracer | None:
+        section = self.config.tracing
+        if not section.enabled:
+            return None
+        try:
+            # Only where it is wanted: importing it costs memory, and the packages may not be there.
+            from elis_gateway.tracing import Tracer
+        except ModuleNotFoundError as error:
+            raise MissingExtra("otel", "tracing") from error
+        return Tracer(section, clock=self._loop.time, epoch=time.time() - self._loop.time())
 
     def _upstream_changed(self, info: UpstreamInfo) -> None:
         self.dispatcher.upstream_changed(info)
@@ -411,7 +431,7 @@ def _but_for_path(predictor: Any) -> dict[str, Any]:
 
 def _needs_restart(old: Config, new: Config) -> list[str]:
     live = {*_ORDERING, "classes", "default_class"}
-    sections = ("server", "admin", "predictor", "logging", "traffic_log")
+    sections = ("server", "admin", "predictor", "logging", "traffic_log", "tracing")
     return [
         f"scheduler.{name}"
         for name in type(new.scheduler).model_fields

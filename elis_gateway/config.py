@@ -558,6 +558,20 @@ class TrafficLog(Section):
     """Rotated files kept."""
 
 
+class Tracing(Section):
+    """OpenTelemetry: one span per request, its upstream calls as children. Needs the extra `otel`."""
+
+    enabled: bool = False
+    """Send spans. A client's W3C trace context (`traceparent`) is taken up, and passed on to the upstreams."""
+    endpoint: str | None = None
+    """Collector that takes OTLP over HTTP, such as http://localhost:4318. Default: what the environment says
+    (OTEL_EXPORTER_OTLP_ENDPOINT, ..._HEADERS and so on), else that one."""
+    service: Name = "elis-gateway"
+    """Name of the service in traces."""
+    sample: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the requests that are traced, where the client's own trace does not say."""
+
+
 class Config(Section):
     """The whole configuration."""
 
@@ -574,6 +588,7 @@ class Config(Section):
     limits: Limits = Limits()
     logging: Logging = Logging()
     traffic_log: TrafficLog = TrafficLog()
+    tracing: Tracing = Tracing()
 
     @validates("models")
     @classmethod

@@ -52,7 +52,9 @@ class Intake(Observer):
         door: Door,
         reads_text: bool = True,
         forward_credentials: bool = False,
+        trace: Callable[[Mapping[str, str]], object] | None = None,
     ) -> None:
+        """``trace``: makes of the headers which trace a request belongs to."""
         self.forward_credentials = forward_credentials
         """Some upstream wants to be told clients' own keys."""
         self._door = door
@@ -63,6 +65,7 @@ class Intake(Observer):
         self._clock = clock
         self._describe = describe
         self._reads_text = reads_text
+        self._trace = trace
         self._conversations: OrderedDict[str, str] = OrderedDict()
         self._lore: dict[str, Lore] = {}
         self._prefix = secrets.token_hex(4)
@@ -100,6 +103,8 @@ class Intake(Observer):
         flight = Flight(spec, request, answer, class_name=class_name, client=name, describe=describe)
         if self.forward_credentials:
             flight.credentials = {h: headers[h] for h in CREDENTIALS if h in headers}
+        if self._trace is not None:
+            flight.trace = self._trace(headers)
         if not able.models:
             # No upstream of this model has been heard of yet. By the first call one has.
             flight.renew = lambda: self._answer(request, model, self._directory.capabilities(model))

@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str]] = {
     E + "app": {
         *(E + name for name in ("admin", "build", "channel", "dispatcher", "flight", "handlers", "intake")),
         *(E + name for name in ("access", "journal", "lag", "listener", "live", "logs", "metrics")),
-        *(E + name for name in ("tasks", "traffic_log", "predictor", "upstream", "wire")),
+        *(E + name for name in ("tasks", "tracing", "traffic_log", "predictor", "upstream", "wire")),
         CORE,
     },
     # the live gateway, outermost first
@@ -68,6 +68,7 @@ ARROWS: dict[str, set[str]] = {
         CORE,
     },
     E + "metrics": {E + "flight", *VALUES},
+    E + "tracing": {E + "flight", *VALUES},
     E + "traffic_log": {E + "flight", *VALUES},
     E + "flight": {E + "channel", E + "wire", *VALUES},
     E + "channel": set(),
@@ -177,6 +178,7 @@ def test_what_a_module_must_not_know(package: str, never: set[str]) -> None:
     [
         ("prometheus_client", {"elis_gateway.metrics"}),
         ("uvloop", {"elis_gateway.cli"}),
+        ("opentelemetry", {"elis_gateway.tracing"}),
         ("click", {"elis_gateway.cli", "loadtest.cli", "loadtest.options", "loadtest.engines", "onnx_export.cli"}),
         ("torch", {"onnx_export"}),
         ("transformers", {"onnx_export"}),
@@ -221,6 +223,7 @@ def test_serve_stays_small() -> None:
     never = {
         "torch",
         "transformers",
+        "opentelemetry",
         "numpy",
         "rich",
         "elis_gateway.sim",

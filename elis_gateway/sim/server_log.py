@@ -19,6 +19,8 @@ class Record:
     request_id: str | None
     """The header ``X-Request-Id``."""
     arrival: float
+    traceparent: str | None = None
+    """The header of that name: which trace and span the caller says this call belongs to."""
     model: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0

@@ -65,6 +65,7 @@ class Sim:
         loop = asyncio.get_running_loop()
         headers = request.headers
         record = self.log.open(request.path, headers.get("X-Request-Id"), loop.time())
+        record.traceparent = headers.get("traceparent")
         try:
             raw = await request.read()
             authorize(headers.get("Authorization"), self.config.api_key)

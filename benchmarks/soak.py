@@ -1,0 +1,206 @@
+"""A soak: half an hour at 80 % of capacity in front of the embedded engine. Are memory and latency flat?
+
+    python -m benchmarks.soak run --minutes 30       writes benchmarks/results/soak.json and soak.png
+    python -m benchmarks.soak report                 reads the first, draws the second
+
+Every ten seconds the gateway's own metrics are read: resident memory, open files, what waits, how late its event loop
+runs. Clients measure completion times; per minute they are told as a ratio to the time the engine needs at the least
+for so many tokens, since the lengths themselves vary. The trend is a straight line over everything after the first
+third, by which time what remembers a fixed number of jobs is full.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import platform
+import re
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import aiohttp
+import click
+import numpy as np
+import uvloop
+
+from benchmarks.capacity_live import Forced, embedded, gateway
+from elis_gateway.sim.engine import EngineModel
+from elis_gateway.tasks import spawn
+from loadtest import runner
+from loadtest.workload import Seeds, azure
+
+RESULTS = Path(__file__).parent / "results"
+MODEL, SLOTS, SPEED, LOAD = "default", 8, 2.0, 0.8
+EVERY = 10.0
+READ = {
+    "memory": "process_resident_memory_bytes",
+    "files": "process_open_fds",
+    "cpu": "process_cpu_seconds_total",
+    "live": "elis_jobs_live",
+    "waiting": "elis_jobs_waiting",
+    "lag_sum": "elis_event_loop_lag_seconds_sum",
+    "lag_count": "elis_event_loop_lag_seconds_count",
+    "tokens": "elis_tokens_total",
+}
+
+
+async def watch(admin: str, session: aiohttp.ClientSession, start: float, samples: list[dict[str, float]]) -> None:
+    """Read the metrics for as long as nobody cancels."""
+    while True:
+        async with session.get(f"{admin}/metrics") as reply:
+            text = await reply.text()
+        sample = {"at": time.perf_counter() - start}
+        for name, series in READ.items():
+            found = re.findall(rf"^{series}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
+            sample[name] = sum(map(float, found))
+        samples.append(sample)
+        await asyncio.sleep(EVERY)
+
+
+@click.group()
+def cli() -> None:
+    """The soak."""
+
+
+@cli.command()
+@click.option("--minutes", default=30.0, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def run(minutes: float, seed: int) -> None:
+    """Measure."""
+    model = EngineModel.load(MODEL)
+    rate = model.rate(SLOTS) * SPEED
+    workload = azure(int(minutes * 60 * 10), load=LOAD, capacity=rate * SLOTS, seeds=Seeds.all(seed))
+    requests = tuple(r for r in workload.requests if r.at < minutes * 60)
+    workload = type(workload)(requests, workload.about)
+    samples: list[dict[str, float]] = []
+
+    with TemporaryDirectory() as made:
+        folder = Path(made)
+        with (
+            embedded(folder, SLOTS, MODEL, SPEED) as engine,
+            gateway(folder, "soak", engine, {}, {"policy": "isrtf"}, "history") as (url, admin),
+        ):
+
+            async def ask() -> list[dict[str, Any]]:
+                start = time.perf_counter() + 0.2
+                async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+                    watching = spawn(watch(admin, session, start, samples), name="watch")
+                    target = Forced(engine, url, session, start=start, mark="soak")
+                    done = await runner.run(workload, target, start=start, patience=1200)
+                    await asyncio.sleep(EVERY + 2)
+                    watching.cancel()
+                return [
+                    {
+                        "at": r.sent,
+                        "jct": None if r.end is None else r.end - r.sent,
+                        "tokens": r.tokens,
+                        "error": r.error,
+                    }
+                    for r in done.rows
+                ]
+
+            rows = uvloop.run(ask())
+    result = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, shared with other work",
+        "engine": {"model": MODEL, "slots": SLOTS, "speed": SPEED, "least_seconds_per_token": 1.0 / rate},
+        "load": LOAD,
+        "seed": seed,
+        "workload": workload.hash,
+        "samples": samples,
+        "minutes": by_minute(rows, 1.0 / rate),
+        "requests": len(rows),
+        "errors": sorted({r["error"] for r in rows if r["error"]}),
+        "failed": sum(bool(r["error"]) for r in rows),
+    }
+    (RESULTS / "soak.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+    tell(result)
+
+
+@cli.command()
+def report() -> None:
+    """What is stored, in words and as a plot."""
+    tell(json.loads((RESULTS / "soak.json").read_text(encoding="utf-8")))
+
+
+def by_minute(rows: list[dict[str, Any]], least: float) -> list[dict[str, float]]:
+    """Completion times of the requests sent in each minute."""
+    minutes: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["jct"] is not None and not row["error"]:
+            minutes.setdefault(int(row["at"] // 60), []).append(row)
+    return [
+        {
+            "minute": minute,
+            "requests": len(found),
+            "mean": fmean(r["jct"] for r in found),
+            "slowdown": median(r["jct"] / (least * r["tokens"]) for r in found),
+        }
+        for minute, found in sorted(minutes.items())
+    ]
+
+
+def trend(at: list[float], values: list[float]) -> tuple[float, float]:
+    """Mean after the first third, and growth per hour by a straight line, times in seconds."""
+    begin = max(at) / 3
+    late = [(x, y) for x, y in zip(at, values, strict=True) if x >= begin]
+    x, y = np.array(late).T
+    return float(y.mean()), float(np.polyfit(x, y, 1)[0]) * 3600.0
+
+
+def tell(result: dict[str, Any]) -> None:
+    samples, minutes = result["samples"], result["minutes"]
+    # The last sample is of an idle gateway: what is left when everybody has gone.
+    loaded, idle = samples[:-1], samples[-1]
+    at = [s["at"] for s in loaded]
+    memory = [s["memory"] / 1e6 for s in loaded]
+    lag = [(b["lag_sum"] - a["lag_sum"]) / max(b["lag_count"] - a["lag_count"], 1) * 1e3 for a, b in pairwise(loaded)]
+    cpu = [(b["cpu"] - a["cpu"]) / (b["at"] - a["at"]) for a, b in pairwise(loaded)]
+    mean_memory, growth = trend(at, memory)
+    whole = [m for m in minutes if m["requests"] >= 20]
+    slow, slower = trend([60.0 * m["minute"] for m in whole], [m["slowdown"] for m in whole])
+    print(f"requests {result['requests']}, failed {result['failed']} {result['errors']}")
+    print(f"memory {mean_memory:.1f} MB, first {memory[0]:.1f}, last {memory[-1]:.1f}; trend {growth:+.2f} MB per hour")
+    print(f"slowdown (median by minute) {slow:.2f}; trend {slower:+.3f} per hour")
+    print(f"event-loop lag, mean of ten seconds: median {median(lag):.2f} ms, worst {max(lag):.1f} ms")
+    print(f"processor {fmean(cpu):.1%} of one core; open files at most {max(s['files'] for s in samples):.0f}")
+    print(f"afterwards: {idle['live']:.0f} jobs live, {idle['files']:.0f} open files")
+    draw(result, at, memory, lag)
+
+
+def draw(result: dict[str, Any], at: list[float], memory: list[float], lag: list[float]) -> None:
+    """The plot."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(9, 7.5), sharex=True)
+    minutes = [x / 60 for x in at]
+    top.plot(minutes, memory, color="#2f6fde")
+    top.set_ylim(0, max(memory) * 1.25)
+    top.set_ylabel("resident memory, MB")
+    middle.plot(
+        [m["minute"] + 0.5 for m in result["minutes"]], [m["slowdown"] for m in result["minutes"]], color="#14804a"
+    )
+    middle.set_ylim(0)
+    middle.set_ylabel("completion time /\nleast possible, median")
+    bottom.plot(minutes[1:], lag, color="#c77700")
+    bottom.set_ylim(0)
+    bottom.set_ylabel("event-loop lag, ms\n(mean of 10 s)")
+    bottom.set_xlabel("minutes")
+    for axis in (top, middle, bottom):
+        axis.grid(alpha=0.3)
+    top.set_title(
+        f"{result['requests']} requests at {result['load']:.0%} of capacity, embedded engine, {result['date']}"
+    )
+    figure.tight_layout()
+    figure.savefig(RESULTS / "soak.png", dpi=110)
+
+
+if __name__ == "__main__":
+    cli()
