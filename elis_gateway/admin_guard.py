@@ -14,6 +14,8 @@ from elis_gateway.access import matches, presented
 
 __all__ = ["errors_as_json", "guard"]
 
+_OPEN = ("/", "/ui")
+"""The page itself: it holds no facts, asks for the key, and brings it when it asks for some."""
 _Next = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -42,7 +44,7 @@ def _refusal(request: web.Request, key_hash: str | None) -> web.Response | None:
         if origin is not None and not _is_address(host):
             return _error("without an admin key, ask by address or as localhost", 403)
         return None
-    if matches(_admin_key(request.headers), key_hash):
+    if request.path in _OPEN or matches(_admin_key(request.headers), key_hash):
         return None
     answer = _error("the admin key is missing or wrong", 401)
     answer.headers["WWW-Authenticate"] = 'Basic realm="elis-gateway admin"'

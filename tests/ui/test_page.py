@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 import pytest
 
+from elis_gateway.access import hashed
 from elis_gateway.live import POLICIES, _percentiles
 from elis_gateway.sim.faults import Fault
 from elis_gateway.tasks import spawn
@@ -141,6 +142,23 @@ async def _switched(page: Page, w: World) -> None:
     await page.run("document.querySelector('#switch [data-kind=fcfs]').click()")
     await until(lambda: w.gateway.policy()["kind"] == "fcfs")
     await page.until("document.querySelector('#switch [data-kind=fcfs]').getAttribute('aria-pressed') === 'true'")
+
+
+@needs_browser
+async def test_the_page_asks_for_the_admin_key_and_brings_it() -> None:
+    async with busy(admin={"port": 0, "key_hash": hashed("open sesame")}) as w, browser() as page:
+        for path, status in (("/ui", 200), ("/admin/live", 401), ("/metrics", 401)):
+            async with w.session.get(w.admin + path) as response:
+                assert response.status == status
+        await page.open(w.admin + "/ui")
+        await page.until("document.querySelector('dialog')?.open")
+        for key in ("wrong", "open sesame"):
+            await page.run(f"document.querySelector('#key').value = {key!r}")
+            await page.run("document.querySelector('#ask-form button').click()")
+            if key == "wrong":
+                await page.until("document.querySelector('#ask-text').textContent.includes('not the right one')")
+        await page.until("document.querySelectorAll('#queue tr').length === 3")
+        await _switched(page, w)
 
 
 @needs_browser
