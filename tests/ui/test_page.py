@@ -146,13 +146,13 @@ async def _switched(page: Page, w: World) -> None:
 
 @needs_browser
 async def test_the_page_asks_for_the_admin_key_and_brings_it() -> None:
-    async with busy(admin={"port": 0, "key_hash": hashed("open sesame")}) as w, browser() as page:
+    async with busy(admin={"port": 0, "key_hash": hashed("open-sesame-open-sesame")}) as w, browser() as page:
         for path, status in (("/ui", 200), ("/admin/live", 401), ("/metrics", 401)):
             async with w.session.get(w.admin + path) as response:
                 assert response.status == status
         await page.open(w.admin + "/ui")
         await page.until("document.querySelector('dialog')?.open")
-        for key in ("wrong", "open sesame"):
+        for key in ("wrong", "open-sesame-open-sesame"):
             await page.run(f"document.querySelector('#key').value = {key!r}")
             await page.run("document.querySelector('#ask-form button').click()")
             if key == "wrong":
