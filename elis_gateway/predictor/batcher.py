@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Generic, NamedTuple, TypeVar
 
 __all__ = ["Batcher", "Busy"]
@@ -36,7 +38,7 @@ class _Item(NamedTuple):
 
 
 class Batcher(Generic[T, R]):
-    """Made and asked on one event loop; ``work`` runs in a thread of its own."""
+    """Asked on event loops; ``work`` runs in a thread of its own."""
 
     def __init__(
         self, work: Callable[[Sequence[T]], Sequence[R]], *, max_batch: int, patience: float, name: str = "batcher"
@@ -57,17 +59,16 @@ class Batcher(Generic[T, R]):
 
     async def ask(self, what: T) -> R:
         """Raises Busy, or what ``work`` raised."""
-        loop = asyncio.get_running_loop()
         batches = len(self._waiting) // self.max_batch + 1
         if batches > _ALWAYS and (self.pace is None or batches * self.pace > self.patience):
             raise Busy(f"{len(self._waiting)} are waiting")
-        answer: asyncio.Future[object] = loop.create_future()
+        answer: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         with self._wake:
             if self.closed:
                 raise Busy("closed")
-            self._waiting.append(_Item(what, answer, loop.time() + self.patience))
+            self._waiting.append(_Item(what, answer, time.monotonic() + self.patience))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, args=(loop,), name=self._name, daemon=True)
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 self._thread.start()
             self._wake.notify()
         return await answer  # type: ignore[return-value]
@@ -82,20 +83,20 @@ class Batcher(Generic[T, R]):
 
     # ---- the thread ---------------------------------------------------------------------------------------------
 
-    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _run(self) -> None:
         while True:
             with self._wake:
                 while not self._waiting and not self.closed:
                     self._wake.wait()
-                batch, late = self._take(loop.time())
+                batch, late = self._take(time.monotonic())
                 closed = self.closed
-            if late and not _tell(loop, late, Busy("waited too long")):
-                return
+            if late:
+                _tell(late, Busy("waited too long"))
             if closed:
-                _tell(loop, batch, Busy("closed"))
+                _tell(batch, Busy("closed"))
                 return
-            if batch and not self._serve(loop, batch):
-                return
+            if batch:
+                self._serve(batch)
 
     def _take(self, now: float) -> tuple[list[_Item], list[_Item]]:
         batch: list[_Item] = []
@@ -106,8 +107,8 @@ class Batcher(Generic[T, R]):
                 (late if now > item.until else batch).append(item)
         return batch, late
 
-    def _serve(self, loop: asyncio.AbstractEventLoop, batch: list[_Item]) -> bool:
-        begun = loop.time()
+    def _serve(self, batch: list[_Item]) -> None:
+        begun = time.monotonic()
         self.in_hand = len(batch)
         result: Sequence[R] | Exception
         try:
@@ -117,25 +118,24 @@ class Batcher(Generic[T, R]):
         except Exception as error:  # noqa: BLE001 (handed to whoever asked; the thread goes on)
             result = error
         self.in_hand = 0
-        took = loop.time() - begun
+        took = time.monotonic() - begun
         self.pace = took if self.pace is None else self.pace + _SMOOTH * (took - self.pace)
-        return _tell(loop, batch, result)
+        _tell(batch, result)
 
 
-def _tell(loop: asyncio.AbstractEventLoop, batch: list[_Item], result: Sequence[object] | Exception) -> bool:
-    """Hand results over on the loop; False where that is closed."""
+def _tell(batch: list[_Item], result: Sequence[object] | Exception) -> None:
+    """Hand results over on the loops that asked."""
+    for i, item in enumerate(batch):
+        # A loop that is closed has nobody left who waits.
+        with suppress(RuntimeError):
+            one = result if isinstance(result, Exception) else result[i]
+            item.answer.get_loop().call_soon_threadsafe(_settle, item.answer, one)
 
-    def tell() -> None:
-        for i, item in enumerate(batch):
-            if item.answer.done():
-                continue
-            if isinstance(result, Exception):
-                item.answer.set_exception(result)
-            else:
-                item.answer.set_result(result[i])
 
-    try:
-        loop.call_soon_threadsafe(tell)
-    except RuntimeError:
-        return False
-    return True
+def _settle(answer: asyncio.Future[object], result: object) -> None:
+    if answer.done():
+        return
+    if isinstance(result, Exception):
+        answer.set_exception(result)
+    else:
+        answer.set_result(result)

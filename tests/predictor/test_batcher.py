@@ -130,3 +130,10 @@ async def test_closing_ends_the_thread_and_whoever_waits(worker: Worker) -> None
     with pytest.raises(Busy):
         await batcher.ask(3)
     assert not [thread for thread in threading.enumerate() if thread.name == "to be closed"]
+
+
+def test_serves_one_loop_after_another(worker: Worker) -> None:
+    batcher: Batcher[int, int] = Batcher(worker, max_batch=1, patience=60.0)
+    worker.let.release(10)
+    assert [asyncio.run(batcher.ask(n)) for n in (1, 2, 3)] == [2, 4, 6]
+    batcher.close()
