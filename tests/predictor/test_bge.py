@@ -6,6 +6,8 @@ import asyncio
 import builtins
 import logging
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -355,8 +357,6 @@ async def test_exchange_while_jobs_are_estimated(folder: Path, tmp_path: Path) -
 def test_without_onnxruntime_there_is_history_and_it_is_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import sys
-
     for name in ("elis_gateway.predictor.onnx", "elis_gateway.predictor.bge"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     real = builtins.__import__
@@ -371,6 +371,20 @@ def test_without_onnxruntime_there_is_history_and_it_is_said_once(
         predictor = make_predictor("bge")
     assert isinstance(predictor, History)
     assert [record.message.count("elis-gateway[cpu]") for record in caplog.records] == [1]
+
+
+def test_serving_with_a_model_loads_no_training_framework(folder: Path) -> None:
+    script = (
+        "import sys\n"
+        "import elis_gateway.app\n"
+        "from elis_gateway.predictor.make import make_predictor\n"
+        f"make_predictor('bge', path={str(folder)!r}).close()\n"
+        "print('\\n'.join(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    roots = {name.split(".")[0] for name in done.stdout.split()}
+    assert "onnxruntime" in roots
+    assert not roots & {"torch", "transformers", "scipy", "sklearn", "onnx", "lightgbm", "onnx_export"}
 
 
 def test_a_folder_that_was_asked_for_must_be_there(tmp_path: Path) -> None:
