@@ -52,12 +52,12 @@ FILES = ("alpaca_eval", "chat_extra", "math_code", "synthetic")
 WINDOW, WINDOWS = 50, 8
 LEARNED = (0, 30, 100, 500)
 MIX = {
-    "chat": "alpaca_eval",
-    "hard chat": "arena_hard_v0.1",
-    "maths": "zeroeval_gsm8k",
-    "code reading": "zeroeval_crux",
-    "snippets": "gpteacher_codegen",
-    "role play": "gpteacher_roleplay",
+    "chat": ("alpaca_eval",),
+    "hard chat": ("arena_hard_v0.1", "arena_hard_v2.0"),
+    "maths": ("zeroeval_gsm8k",),
+    "code reading": ("zeroeval_crux",),
+    "snippets": ("gpteacher_codegen",),
+    "role play": ("gpteacher_roleplay",),
 }
 RATE, SLOTS, LOAD, SEAM = 30.0, 4, 0.95, 1.5
 
@@ -137,8 +137,14 @@ def teach(learner: Learner, shipped: Shipped, answers: Sequence[tuple[Answer, st
     """``answers``: with the application that asked; all of them of the served model "m"."""
     for answer, app in answers:
         marks = range(0, answer.tokens, WINDOW)
-        made = [learner.predict("m", app, seen_as(variant, shipped.sight(answer, at))) for at in list(marks)[:20]]
+        made = life(learner, app, [seen_as(variant, shipped.sight(answer, at)) for at in list(marks)[:20]])
         learner.learn("m", app, made, answer.tokens, complete=True)
+
+
+def life(learner: Learner, app: str, sights: Sequence[Sight]) -> list[Prediction]:
+    """One job's predictions, from its arrival on."""
+    first = learner.predict("m", app, sights[0])
+    return [first, *(learner.predict("m", app, sight._replace(first=first.whole)) for sight in sights[1:])]
 
 
 def fresh(shipped: Shipped) -> Learner:
@@ -187,9 +193,9 @@ def order(shipped: Shipped, answers: Sequence[Answer], split: str, seeds: int) -
 def estimates(learner: Learner, shipped: Shipped, asked: Sequence[Answer], variant: str) -> Any:
     rows = []
     for number, answer in enumerate(asked):
-        for at in range(0, min(answer.tokens, WINDOW * WINDOWS), WINDOW):
-            sight = seen_as(variant, shipped.sight(answer, at))
-            said = learner.predict("m", "", sight)
+        marks = range(0, min(answer.tokens, WINDOW * WINDOWS), WINDOW)
+        sights = [seen_as(variant, shipped.sight(answer, at)) for at in marks]
+        for at, sight, said in zip(marks, sights, life(learner, "", sights), strict=True):
             old = learner.history.instant(View("", "m", "", "", "", at, None))
             history = learner.history.median("m", "", at) if old is None else old.remaining
             raw = exp(sight.shipped) if sight.shipped is not None else 0.0
@@ -253,7 +259,13 @@ class Frozen:
         key = answer.prompt_id + answer.model, view.app, at
         made = self._made.get(key)
         if made is None:
-            made = self._made[key] = self._learner.predict("m", view.app, self._shipped.sight(answer, at))
+            sight = self._shipped.sight(answer, at)
+            if at:
+                start = self._made.get((*key[:2], 0)) or self._learner.predict(
+                    "m", view.app, self._shipped.sight(answer, 0)
+                )
+                sight = sight._replace(first=start.whole)
+            made = self._made[key] = self._learner.predict("m", view.app, sight)
         return Estimate(made.mean, made.gittins, "bge")
 
     async def refine(self, views: Sequence[View]) -> list[Estimate | None]:
@@ -361,8 +373,8 @@ def six_applications(answers: Sequence[Answer], split: str, seeds: int) -> Any:
     for seed in range(seeds):
         rng = random.Random(f"who answers {seed}")
         taught, asked = {}, {}
-        for app, source in MIX.items():
-            here = [a for a in answers if a.source == source]
+        for app, sources in MIX.items():
+            here = [a for a in answers if a.source in sources]
             model = rng.choice(sorted({a.model for a in here}))
             taught[app] = [a for a in here if a.model == model and a.split == "train"]
             asked[app] = [a for a in here if a.model == model and a.split == split]

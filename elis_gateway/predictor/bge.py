@@ -203,7 +203,10 @@ class EncodeOnce(_Shipped):
     def instant(self, view: View) -> Estimate | None:
         trace = self._trace(view)
         known = self._cache.get(trace.key)
-        prediction = self.learner.predict(view.model, view.app, self._sight(view, known))
+        sight = self._sight(view, known)
+        if trace.made and view.attained and (first := trace.made[min(trace.made)]).attained < view.attained:
+            sight = sight._replace(first=first.whole)
+        prediction = self.learner.predict(view.model, view.app, sight)
         history = self.learner.history.instant(view)
         if len(trace.made) < _WINDOWS or view.attained in trace.made:
             trace.made[view.attained] = prediction

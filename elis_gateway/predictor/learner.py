@@ -50,13 +50,21 @@ _CLIP = 2.0
 """Log ratio beyond which a surprise counts as one of this size."""
 _ROWS = 16
 """Moments of one job that teach, at most."""
-_FIXED = 3
-"""Inputs that are always there: 1, the anchor, the shipped prediction relative to it."""
+_FIXED = 5
+"""Inputs that are always there: 1, the anchor, and relative to the anchor the shipped prediction and what the first
+estimate leaves, early in the answer and later."""
+_FADES = 150.0
+"""Tokens after which early is over, by a factor of e."""
+_DAMPING = 0.5
+"""Share of the first estimate in the index of later ones. Orders follow the index, and one that follows every new guess
+interrupts for nothing: at even odds the mean completion time is worse than that of never interrupting."""
+_LEAST_LEFT = 25.0
+"""Tokens that the first estimate leaves at least."""
 _ANCHOR = log(200.0)
 """Where the anchor's input is zero."""
 _TRUST = 0.6
 """Believed weight of the shipped prediction against the anchor before anything was seen."""
-_PENALTY_FIXED = (1.0, 10.0, 10.0)
+_PENALTY_FIXED = (1.0, 10.0, 10.0, 10.0, 10.0)
 _PENALTY_FEATURES = 300.0
 _PENALTY_REDUCED = 1000.0
 """Rows at which data and belief weigh the same, for an input of variance 1. Chosen on validation prompts."""
@@ -75,6 +83,8 @@ class Sight(NamedTuple):
     """Counters of prompt and answer so far."""
     reduced: Vector | None = None
     """The prompt's embedding, projected; None: not there (yet)."""
+    first: float | None = None
+    """Length of the whole answer, by the first estimate made of this job (``Prediction.whole``)."""
 
 
 class Prediction(NamedTuple):
@@ -95,6 +105,11 @@ class Prediction(NamedTuple):
     inputs: Vector
     kind: int
     """Which spread."""
+
+    @property
+    def whole(self) -> float:
+        """Length of the whole answer."""
+        return self.attained + self.scale
 
 
 class Learner:
@@ -138,10 +153,16 @@ class Learner:
         level = self._apps.get((model, app)) or self._models.get(model) or self._all
         anchor = log(self.history.median(model, app, sight.attained))
         inputs = self._vector(sight, anchor)
-        ratio = float(inputs @ level.coefficients)
-        scale = exp(min(max(anchor + ratio, 0.0), 13.0))
         kind = _kind(sight)
-        return Prediction(*level.spreads[kind](scale, sight.allowed), scale, sight.attained, anchor, inputs, kind)
+        spread = level.spreads[kind]
+        ratio = spread.place(float(inputs @ level.coefficients))
+        scale = exp(min(max(anchor + ratio, 0.0), 13.0))
+        made = Prediction(*spread(scale, sight.allowed), scale, sight.attained, anchor, inputs, kind)
+        if sight.first is None or not sight.attained:
+            return made
+        # Half of the index is the first estimate's, counted down.
+        left = max(sight.first - sight.attained, _LEAST_LEFT) * made.mean / scale
+        return made._replace(gittins=_within(made.gittins * (left / made.mean) ** _DAMPING, _most(sight.allowed)))
 
     def _vector(self, sight: Sight, anchor: float) -> Vector:
         inputs = np.zeros(self.inputs)
@@ -149,6 +170,10 @@ class Learner:
         inputs[1] = anchor - _ANCHOR
         if sight.shipped is not None:
             inputs[2] = min(max(sight.shipped - anchor, -3.0), 3.0)
+        if sight.first is not None and sight.attained:
+            left = log(max(sight.first - sight.attained, _LEAST_LEFT)) - anchor
+            early = exp(-sight.attained / _FADES)
+            inputs[3], inputs[4] = left * early, left * (1.0 - early)
         if sight.features is not None and self.features:
             inputs[_FIXED : _FIXED + self.features] = sight.features
         if sight.reduced is not None and self.reduced:
@@ -328,9 +353,9 @@ class _Level:
         targets = np.empty(len(made))
         weights = np.full(len(made), weight)
         for i, each in enumerate(made):
-            line = float(lines[i])
-            off = log(max(tokens - each.attained, 0.5)) - each.anchor - line
-            spread = self.spreads[each.kind]
+            line, spread = float(lines[i]), self.spreads[each.kind]
+            true = log(max(tokens - each.attained, 0.5)) - each.anchor
+            off = true - spread.place(line)
             if not complete:
                 # What it would have come to, given that it came so far.
                 expected, sure = spread.beyond(off)
@@ -339,7 +364,9 @@ class _Level:
             else:
                 bound = off
             spread.learn(bound, complete, weight, decay)
-            targets[i] = line + min(max(off, -_CLIP), _CLIP)
+            true = spread.place(line) + min(max(off, -_CLIP), _CLIP)
+            spread.compare(line, true, float(weights[i]), decay)
+            targets[i] = true
         weighted = inputs * weights[:, None]
         self.moments += weighted.T @ inputs
         self.with_target += weighted.T @ targets
@@ -351,6 +378,7 @@ class _Level:
             "moments": self.moments[upper].astype(np.float32),
             "with_target": self.with_target,
             "spreads": np.stack([(s.ended, s.lasted) for s in self.spreads]).astype(np.float32),
+            "slopes": np.stack([s.sums for s in self.spreads]),
             "counts": np.array(
                 [self.seen, self.count, self.to_all.given, self.to_all.at, self.to_model.given, self.to_model.at]
             ),
@@ -365,6 +393,8 @@ class _Level:
         for spread, (ended, lasted) in zip(self.spreads, numbers["spreads"], strict=True):
             spread.ended[:], spread.lasted[:] = ended, lasted
             spread.changes = int((spread.ended + spread.lasted).sum())
+        for spread, sums in zip(self.spreads, numbers["slopes"], strict=True):
+            spread.sums[:] = sums
         seen, count, *shares = (float(number) for number in numbers["counts"])
         self.seen, self.count = seen, int(count)
         self.to_all.given, self.to_model.given = shares[0], shares[2]
@@ -402,13 +432,15 @@ _LOW, _HIGH, _STEP = -4.0, 2.5, 0.125
 _BINS = round((_HIGH - _LOW) / _STEP)
 _RATIOS = np.exp(np.linspace(_LOW, _HIGH, _BINS + 1))
 """Bin i holds the ratios from _RATIOS[i] to _RATIOS[i + 1]; what lies outside counts in the bins at the ends."""
-_STRENGTH = 15.0
+_STRENGTH = 8.0
 """Answers that what is known at the level above counts as."""
+_SLOPE_STRENGTH, _SLOPE_VARIANCE = 30.0, 0.15
+"""The same for slope and shift of the line, and the variance of what it says that goes with it."""
 
 
 def _prior() -> Vector:
     """Hazards of a log-normal ratio around 1."""
-    beyond = np.array([0.5 * erfc(x / (0.9 * sqrt(2.0))) for x in np.linspace(_LOW, _HIGH, _BINS + 1)])
+    beyond = np.array([0.5 * erfc(x / (0.7 * sqrt(2.0))) for x in np.linspace(_LOW, _HIGH, _BINS + 1)])
     beyond[0] = 1.0
     hazards: Vector = 1.0 - beyond[1:] / beyond[:-1]
     return hazards
@@ -418,9 +450,13 @@ _PRIOR = _prior()
 
 
 class _Spread:
-    """The distribution of (what remained / what the line said), and look-ups in it."""
+    """How far to follow the line, and the distribution of (what remained / what was then said), with look-ups in it.
 
-    __slots__ = ("changes", "due", "ended", "hazards", "lasted", "parent", "table")
+    A line fitted to few answers says too much: what it says of answers it was not fitted to is to be taken by a slope
+    below one, the smaller the later in an answer.
+    """
+
+    __slots__ = ("changes", "due", "ended", "hazards", "lasted", "parent", "shift", "slope", "sums", "table")
 
     def __init__(self, parent: _Spread | None) -> None:
         self.parent = parent
@@ -430,6 +466,32 @@ class _Spread:
         self.due = 0
         self.hazards: Vector = _PRIOR
         self.table: _Table | None = None
+        self.sums = np.zeros(5)
+        """Weights, what the line said, what was true, and the first two's products with the second."""
+        self.slope: float = 1.0 if parent is None else parent.slope
+        self.shift: float = 0.0 if parent is None else parent.shift
+
+    def place(self, line: float) -> float:
+        """What to make of what the line says: log of (what remains / anchor)."""
+        self.current()
+        return self.shift + self.slope * line
+
+    def compare(self, line: float, true: float, weight: float, decay: float) -> None:
+        self.sums *= decay
+        self.sums += weight * np.array((1.0, line, true, line * line, line * true))
+
+    def _calibrate(self) -> None:
+        slope, shift = (1.0, 0.0) if self.parent is None else (self.parent.slope, self.parent.shift)
+        count, lines, trues, squares, products = self.sums.tolist()
+        if count > 0.0:
+            spread = squares - lines * lines / count
+            together = products - lines * trues / count
+            believed = _SLOPE_STRENGTH * _SLOPE_VARIANCE
+            self.slope = min(max((together + believed * slope) / (spread + believed), 0.1), 1.2)
+            ours = (trues - self.slope * lines) / count
+            self.shift = (count * ours + _SLOPE_STRENGTH * shift) / (count + _SLOPE_STRENGTH)
+        else:
+            self.slope, self.shift = slope, shift
 
     def learn(self, off: float, complete: bool, weight: float, decay: float) -> None:
         self.ended *= decay
@@ -446,6 +508,7 @@ class _Spread:
                 prior = self.parent.hazards
             gone = self.ended + self.lasted
             beyond = np.concatenate([np.cumsum(gone[::-1])[::-1][1:], [0.0]])
+            self._calibrate()
             self.hazards = (self.ended + _STRENGTH * prior) / (self.ended + beyond + _STRENGTH)
             self.due = self.changes + 1 + int(0.05 * min(self.changes, 2000))
             self.table = _Table(self.hazards)
@@ -503,7 +566,7 @@ class _Table:
                 into = (cut - _EDGES[i]) / (_EDGES[i + 1] - _EDGES[i])
                 mean = scale * (self.means[i] + into * (self.means[i + 1] - self.means[i]))
                 index = min(scale * self.index[i], mean)
-        most = float("inf") if allowed is None else max(float(allowed), 1.0)
+        most = _most(allowed)
         median, low, high = self.quantiles
         return (
             _within(mean, most),
@@ -516,6 +579,10 @@ class _Table:
 
 _EDGES: list[float] = _RATIOS.tolist()
 _HIGHEST = _EDGES[-1]
+
+
+def _most(allowed: int | None) -> float:
+    return float("inf") if allowed is None else max(float(allowed), 1.0)
 
 
 def _within(tokens: float, most: float) -> float:

@@ -215,7 +215,7 @@ async def test_a_client_with_absurd_answers_spoils_its_own_estimates(folder: Pat
     serve(predictor, 600, lambda rng, long: 1 if long else 100_000, app="evil")
     serve(predictor, 40, honest, app="good")
     long, short = (sure(predictor.instant(view(p, job=p, app="good"))).remaining for p in ("long tale", "short"))
-    assert 300 < long < 600
+    assert 200 < long < 600
     assert 25 < short < 80
     predictor.close()
 

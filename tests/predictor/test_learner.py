@@ -69,7 +69,7 @@ def test_the_mean_is_the_mean() -> None:
     serve(learner, Traffic(1), 800)
     jobs = [Traffic(9).job() for _ in range(1)] + [(z, t) for z, t in (Traffic(s).job() for s in range(10, 310))]
     said = np.mean([ask(learner, z).mean for z, _ in jobs])
-    assert said == pytest.approx(np.mean([tokens for _, tokens in jobs]), rel=0.12)
+    assert said == pytest.approx(np.mean([tokens for _, tokens in jobs]), rel=0.15)
 
 
 def test_before_anything_was_seen_the_shipped_model_speaks() -> None:
@@ -155,6 +155,38 @@ def test_habits_change() -> None:
     serve(learner, Traffic(1), 400)
     serve(learner, Traffic(2, base=1000.0), 400)
     assert ask(learner, np.zeros(REDUCED)).median == pytest.approx(1000, rel=0.35)
+
+
+def test_the_order_does_not_follow_every_new_guess() -> None:
+    learner = Learner(FEATURES, REDUCED)
+    serve(learner, Traffic(1), 200)
+    features = (log(51), 0.0, 1.0, 0.5)
+    alone = learner.predict("m", "a", Sight(50, None, None, features, np.zeros(REDUCED)))
+    short, long = (
+        learner.predict("m", "a", Sight(50, None, None, features, np.zeros(REDUCED), first)) for first in (120.0, 900.0)
+    )
+    # Both estimates are of the same moment; what was said at first pulls at the index, more than at the mean.
+    assert short.gittins < alone.gittins < long.gittins
+    assert long.gittins / short.gittins > 2 * long.mean / short.mean
+    bounded = learner.predict("m", "a", Sight(50, 60, None, features, np.zeros(REDUCED), 5000.0))
+    assert 1.0 <= bounded.gittins <= 60
+
+
+def test_a_line_that_says_too_much_is_followed_by_half() -> None:
+    """Twenty answers, more inputs than that, and all of it noise: estimates stay near each other."""
+    rng = np.random.default_rng(1)
+    learner = Learner(0, 40)
+    for _ in range(60):
+        z = rng.normal(size=40)
+        learner.learn(
+            "m",
+            "a",
+            [learner.predict("m", "a", Sight(0, None, None, None, z))],
+            int(rng.integers(20, 900)),
+            complete=True,
+        )
+    said = [learner.predict("m", "a", Sight(0, None, None, None, rng.normal(size=40))).mean for _ in range(50)]
+    assert max(said) / min(said) < 4
 
 
 def test_memory_is_bounded() -> None:
