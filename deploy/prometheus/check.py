@@ -38,8 +38,8 @@ __all__ = ["PROMETHEUS", "PROMTOOL", "Answer", "ask_all", "rules", "under_traffi
 HERE = Path(__file__).parent
 DASHBOARD = HERE.parent / "grafana" / "elis-gateway.json"
 PROMETHEUS, PROMTOOL = shutil.which("prometheus"), shutil.which("promtool")
-SCRAPE = "200ms"
-RATE = "4s"
+SCRAPE = "500ms"
+RATE = "30s"
 """In place of Grafana's own interval."""
 
 
@@ -145,7 +145,7 @@ async def prometheus(target: int) -> AsyncIterator[str]:
             await process.wait()
 
 
-async def ask_all(url: str, session: aiohttp.ClientSession, *, within: float = 30.0) -> list[Answer]:
+async def ask_all(url: str, session: aiohttp.ClientSession, *, within: float = 60.0) -> list[Answer]:
     """Run every query; those of panels again until they return series, for so many seconds."""
     deadline = asyncio.get_running_loop().time() + within
     open_queries = queries()

@@ -46,7 +46,7 @@ def test_promtool_accepts_rules_and_configuration_and_they_fire_when_they_should
         ["test", "rules", "rules_test.yml"],
     ):
         done = subprocess.run(
-            [str(check.PROMTOOL), *args], cwd=check.HERE, capture_output=True, text=True, timeout=30, check=False
+            [str(check.PROMTOOL), *args], cwd=check.HERE, capture_output=True, text=True, timeout=110, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
