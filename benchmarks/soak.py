@@ -34,7 +34,7 @@ from loadtest import runner
 from loadtest.workload import Seeds, azure
 
 RESULTS = Path(__file__).parent / "results"
-MODEL, SLOTS, SPEED, LOAD = "default", 8, 2.0, 0.8
+MODEL, SLOTS, LOAD = "default", 8, 0.8
 EVERY = 10.0
 READ = {
     "memory": "process_resident_memory_bytes",
@@ -69,10 +69,11 @@ def cli() -> None:
 @cli.command()
 @click.option("--minutes", default=30.0, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-def run(minutes: float, seed: int) -> None:
+@click.option("--speed", default=2.0, show_default=True, help="Of the engine: less where the machine has other work.")
+def run(minutes: float, seed: int, speed: float) -> None:
     """Measure."""
     model = EngineModel.load(MODEL)
-    rate = model.rate(SLOTS) * SPEED
+    rate = model.rate(SLOTS) * speed
     workload = azure(int(minutes * 60 * 10), load=LOAD, capacity=rate * SLOTS, seeds=Seeds.all(seed))
     requests = tuple(r for r in workload.requests if r.at < minutes * 60)
     workload = type(workload)(requests, workload.about)
@@ -81,7 +82,7 @@ def run(minutes: float, seed: int) -> None:
     with TemporaryDirectory() as made:
         folder = Path(made)
         with (
-            embedded(folder, SLOTS, MODEL, SPEED) as engine,
+            embedded(folder, SLOTS, MODEL, speed) as engine,
             gateway(folder, "soak", engine, {}, {"policy": "isrtf"}, "history") as (url, admin),
         ):
 
@@ -107,7 +108,7 @@ def run(minutes: float, seed: int) -> None:
     result = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, shared with other work",
-        "engine": {"model": MODEL, "slots": SLOTS, "speed": SPEED, "least_seconds_per_token": 1.0 / rate},
+        "engine": {"model": MODEL, "slots": SLOTS, "speed": speed, "least_seconds_per_token": 1.0 / rate},
         "load": LOAD,
         "seed": seed,
         "workload": workload.hash,
