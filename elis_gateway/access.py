@@ -157,6 +157,8 @@ class Door(Observer):
         self._grants: dict[str, Grant] = {}
         self._classes: dict[str, int] = {}
         """Live jobs by class."""
+        self._bytes = 0
+        """Of the bodies of live jobs."""
         self._inside: dict[str, Grant | None] = {}
         """Jobs that were let in and are not over, by id."""
         self.change(keys, limits, classes)
@@ -213,6 +215,11 @@ class Door(Observer):
     def enter(self, flight: Flight, grant: Grant | None) -> None:
         """Let a job in, or raise ``Overloaded``. Once it is in, it leaves by ``finished`` or ``leave``."""
         spec = flight.spec
+        size = len(flight.request.raw)
+        if self._bytes and self._bytes + size > self._limits.max_bytes:
+            raise Overloaded(
+                "too many bytes of requests are waiting", cause="queue_bytes", retry_after=self._patience(spec.model)
+            )
         limit = self._limits.classes.get(flight.class_name)
         live = self._classes.get(flight.class_name, 0)
         if limit is not None and live >= limit:
@@ -226,6 +233,7 @@ class Door(Observer):
             grant.live += 1
         self._classes[flight.class_name] = live + 1
         self._inside[spec.id] = grant
+        self._bytes += size
 
     def leave(self, flight: Flight) -> None:
         """The job is over, or never began. A second call changes nothing."""
@@ -233,6 +241,7 @@ class Door(Observer):
         if job_id not in self._inside:
             return
         grant = self._inside.pop(job_id)
+        self._bytes -= len(flight.request.raw)
         self._classes[flight.class_name] -= 1
         if grant is not None:
             grant.live -= 1

@@ -53,6 +53,15 @@ class AdminDesk(Protocol):
     def look(self) -> dict[str, Any]:
         """What goes on right now, for the page."""
 
+    async def add_upstream(self, wanted: Any) -> dict[str, Any]:
+        """Raises ConfigError."""
+
+    async def remove_upstream(self, name: str) -> dict[str, Any]:
+        """Raises ConfigError."""
+
+    async def drain_upstream(self, name: str, draining: bool) -> dict[str, Any]:
+        """Raises ConfigError."""
+
     def client_keys(self) -> list[dict[str, Any]]:
         """Clients' keys by name, and what they use."""
 
@@ -109,6 +118,20 @@ def make_admin_app(desk: AdminDesk) -> web.Application:
     async def ui(request: web.Request) -> web.Response:
         return web.Response(body=page, headers=page_headers)
 
+    async def add(request: web.Request) -> web.Response:
+        try:
+            wanted = orjson.loads(await request.read())
+        except orjson.JSONDecodeError as error:
+            return _json({"error": f"not JSON: {error}"}, status=400)
+        return await _or_error(lambda: desk.add_upstream(wanted))
+
+    async def remove(request: web.Request) -> web.Response:
+        return await _or_error(lambda: desk.remove_upstream(request.match_info["name"]))
+
+    async def drain(request: web.Request) -> web.Response:
+        draining = request.match_info["what"] == "drain"
+        return await _or_error(lambda: desk.drain_upstream(request.match_info["name"], draining))
+
     async def keys(request: web.Request) -> web.Response:
         return _json({"keys": desk.client_keys()})
 
@@ -123,6 +146,9 @@ def make_admin_app(desk: AdminDesk) -> web.Application:
     app.router.add_get("/admin/jobs/{id}", job)
     app.router.add_post("/admin/reload", reload)
     app.router.add_get("/admin/upstreams", upstreams)
+    app.router.add_post("/admin/upstreams", add)
+    app.router.add_delete("/admin/upstreams/{name}", remove)
+    app.router.add_post("/admin/upstreams/{name}/{what:drain|undrain}", drain)
     app.router.add_get("/admin/keys", keys)
     return app
 

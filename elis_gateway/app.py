@@ -37,7 +37,7 @@ from elis_gateway.live import Live
 from elis_gateway.metrics import Metrics
 from elis_gateway.tasks import spawn
 from elis_gateway.traffic_log import TrafficLog
-from elis_gateway.upstream.fleet import Fleet
+from elis_gateway.upstream.fleet import Fleet, in_place
 from elis_gateway.upstream.http import check
 from elis_gateway.upstream.relay import Relay
 
@@ -54,6 +54,9 @@ _ORDERING = ("policy", "aging", *build.WINDOWS)
 """Keys of the scheduler's section that decide who goes next and for how long; they change while serving."""
 _LINGER = 1.0
 """Seconds in which the rest of a refused body is still read, so that its sender gets to see the refusal."""
+
+_SAVE_EVERY = 300.0
+"""Seconds between two times that what the predictor learned is written down."""
 
 Reload = Callable[[], Config]
 
@@ -73,7 +76,9 @@ class Gateway:
             build.scheduler_config(scheduler, estimates=self.predictor is not None),
             build.policy(scheduler.policy, scheduler.aging),
         )
-        self.fleet = Fleet(config.upstreams, self._upstream_changed, overcommit=scheduler.overcommit)
+        self.fleet = Fleet(
+            config.upstreams, self._upstream_changed, overcommit=scheduler.overcommit, lost=self._upstream_lost
+        )
         self.journal = Journal()
         self.metrics = Metrics(
             {
@@ -124,10 +129,16 @@ class Gateway:
             self.fleet.upstreams,
             observers=observers,
             estimate_deadline=getattr(config.predictor, "deadline", 0.5),
+            retry_budget=scheduler.retry_budget,
         )
         self._relay = Relay(self.fleet, config.models, body_timeout=config.server.body_timeout)
+        self._changing = asyncio.Lock()
+        """One change of the configuration at a time."""
+        self._wanted = {u.name: u for u in config.upstreams}
+        """Upstreams as they should be: the configuration's, and what the admin listener was told since."""
         self._leaving: set[str] = set()
         """Upstreams that are drained, and afterwards forgotten or made anew."""
+        self._saver: asyncio.Task[None] | None = None
         self._tls: list[tuple[ssl.SSLContext, config_module.Server | config_module.Admin]] = []
         self._runners: list[web.BaseRunner] = []
         self._sites: list[web.TCPSite] = []
@@ -145,6 +156,7 @@ class Gateway:
             runner = web.AppRunner(make_admin_app(self), access_log=None, shutdown_timeout=_FLUSH)
             await self._listen(runner, admin)
             self._lag.start()
+            self._saver = spawn(self._save_regularly(), name="save what was learned")
         except BaseException:
             await self.stop(grace=0.0)
             raise
@@ -162,23 +174,33 @@ class Gateway:
         while self._runners:
             await self._runners.pop().cleanup()
         self._lag.stop()
-        self._save()
+        if self._saver is not None:
+            self._saver.cancel()
+            await asyncio.wait([self._saver])
+        if self.predictor is not None:
+            if (close := getattr(self.predictor, "close", None)) is not None:
+                close()
+            self._save()
         await self.fleet.close()
         if self._traffic_log is not None:
             await asyncio.to_thread(self._traffic_log.close)
         if self._tracer is not None:
             await asyncio.to_thread(self._tracer.close)
 
+    async def _save_regularly(self) -> None:
+        """A gateway that is killed should not have forgotten what it learned in a month."""
+        while True:
+            await asyncio.sleep(_SAVE_EVERY)
+            if self.predictor is not None:
+                await asyncio.to_thread(self._save)
+
     def _save(self) -> None:
-        if self.predictor is None:
-            return
-        if (close := getattr(self.predictor, "close", None)) is not None:
-            close()
+        assert self.predictor is not None
         try:
             self.predictor.save()
         except OSError as error:
             # Stopping goes on: connections and the traffic log are still to be closed.
-            _log.error("what the predictor learned is lost: %s", error)
+            _log.error("what the predictor learned was not saved: %s", error)
 
     def hurry(self) -> None:
         """End the grace of ``stop`` now."""
@@ -215,6 +237,7 @@ class Gateway:
             self.door,
             relayed=self.config.server.relay,
             cors_origins=self.config.server.cors_origins,
+            client_backlog=self.config.limits.client_backlog,
             keepalive_after=self.config.server.keepalive_after,
             refused=self.metrics.refused,
             body_timeout=self.config.server.body_timeout,
@@ -227,6 +250,7 @@ class Gateway:
         return Listener(
             handlers,
             head_timeout=self.config.server.head_timeout,
+            stall=self.config.limits.client_stall,
             keepalive_timeout=self.config.server.idle_timeout,
             lingering_time=_LINGER,
             request_factory=request,
@@ -275,6 +299,9 @@ class Gateway:
 
     def _upstream_changed(self, info: UpstreamInfo) -> None:
         self.dispatcher.upstream_changed(info)
+
+    def _upstream_lost(self, name: str, after: float) -> None:
+        self.dispatcher.give_up_silent(name, after)
 
     def _paces(self) -> Iterable[tuple[tuple[str, ...], float]]:
         return [((model,), pool.seconds_per_token) for model, pool in self.core.pools.items() if pool.upstreams]
@@ -347,7 +374,10 @@ class Gateway:
         """Read the configuration again and apply what can change while serving: policy, aliases, classes, upstreams."""
         if self._reload is None:
             raise ConfigError("there is no configuration file to read again")
-        new = self._reload()
+        async with self._changing:
+            return await self._take_over(self._reload())
+
+    async def _take_over(self, new: Config) -> dict[str, Any]:
         applied: list[str] = []
         old = self.config
         new_keys = self._check(new)
@@ -371,9 +401,16 @@ class Gateway:
             for context, settings in self._tls:
                 build.load_certificate(context, settings.tls)
             applied.append("certificates")
+        if (dials := build.live_dials(new.scheduler)) != build.live_dials(old.scheduler):
+            policy = build.policy(new.scheduler.policy, new.scheduler.aging)
+            self.dispatcher.set_policy(policy, replace(self.core.config, **dials))
+            self.dispatcher.budget.share = new.scheduler.retry_budget
+            applied.append("scheduler.queue, retries and tail")
+        if new.logging.level != old.logging.level:
+            logging.getLogger("elis_gateway").setLevel(new.logging.level.upper())
+            applied.append("logging.level")
         self.config = new
-        if new.upstreams != old.upstreams:
-            await self._change_upstreams(old, new)
+        if await self._change_upstreams({u.name: u for u in new.upstreams}):
             applied.append("upstreams")
         if swapped:
             applied.append("predictor.path")
@@ -399,30 +436,63 @@ class Gateway:
                 check(upstream)
         for _, settings in self._tls:
             build.server_tls(settings.tls)
+        build.policy(new.scheduler.policy, new.scheduler.aging)
         return config_module.keys(new)
 
-    async def _change_upstreams(self, old: Config, new: Config) -> None:
-        before = {u.name: u for u in old.upstreams}
-        after = {u.name: u for u in new.upstreams}
-        for name in before:
-            if after.get(name) != before[name] and name not in self._leaving:
-                self._leaving.add(name)
-                self.fleet.drain(name)
-                spawn(self._replace(name), name=f"replace upstream {name}")
-        for name in after:
-            # One that is on its way out comes back when it is gone, as the configuration then says.
-            if name not in before and name not in self._leaving:
-                await self.fleet.add(after[name])
+    async def _change_upstreams(self, wanted: dict[str, config_module.Upstream]) -> bool:
+        """Make the fleet what is wanted, in place where that is possible. Says whether anything had to be done."""
+        self._wanted = wanted
+        self._intake.forward_credentials = any(u.forward_credentials for u in wanted.values())
+        changed = False
+        for name, there in self.fleet.settings().items():
+            if (new := wanted.get(name)) == there or name in self._leaving:
+                continue
+            changed = True
+            if new is not None and in_place(there, new):
+                self.fleet.change(new)
+                continue
+            self._leaving.add(name)
+            self.fleet.drain(name)
+            spawn(self._replace(name), name=f"replace upstream {name}")
+        for name, new in wanted.items():
+            # One that is on its way out comes back when it is gone, as is then wanted.
+            if name not in self.fleet.upstreams:
+                changed = True
+                await self.fleet.add(new)
+        return changed
 
     async def _replace(self, name: str) -> None:
-        """Once what runs there has finished, forget the upstream, and begin anew with what it has become by then."""
+        """Once nothing runs there any more, forget the upstream, and begin anew with what it has become by then."""
         await self.dispatcher.idle(name)
         await self.fleet.remove(name)
         self.dispatcher.upstream_removed(name)
         self._leaving.discard(name)
-        for settings in self.config.upstreams:
-            if settings.name == name:
-                await self.fleet.add(settings)
+        if (settings := self._wanted.get(name)) is not None:
+            await self.fleet.add(settings)
+
+    async def add_upstream(self, wanted: Any) -> dict[str, Any]:
+        """Use another upstream from now on, until a reload says otherwise. Raises ``ConfigError``."""
+        settings = build.parse_upstream(wanted)
+        async with self._changing:
+            if settings.name in self._wanted:
+                raise ConfigError(f"there is an upstream {settings.name} already")
+            await self._change_upstreams({**self._wanted, settings.name: settings})
+        return {"upstreams": self.upstreams()}
+
+    async def remove_upstream(self, name: str) -> dict[str, Any]:
+        """Empty an upstream and forget it, until a reload says otherwise. Raises ``ConfigError``."""
+        async with self._changing:
+            if name not in self._wanted:
+                raise ConfigError(f"there is no upstream {name}")
+            await self._change_upstreams({n: u for n, u in self._wanted.items() if n != name})
+        return {"upstreams": self.upstreams()}
+
+    async def drain_upstream(self, name: str, draining: bool) -> dict[str, Any]:
+        """Send it nothing more, and let what runs there go on elsewhere; or use it again. Raises ``ConfigError``."""
+        if name not in self._wanted or name in self._leaving:
+            raise ConfigError(f"there is no upstream {name}")
+        self.fleet.drain(name, draining=draining)
+        return {"upstreams": self.upstreams()}
 
 
 def _but_for_path(predictor: Any) -> dict[str, Any]:
@@ -430,13 +500,20 @@ def _but_for_path(predictor: Any) -> dict[str, Any]:
 
 
 def _needs_restart(old: Config, new: Config) -> list[str]:
-    live = {*_ORDERING, "classes", "default_class"}
+    live = {*_ORDERING, "classes", "default_class", "queue", "retries", "retry_budget", "tail"}
     sections = ("server", "admin", "predictor", "logging", "traffic_log", "tracing")
     return [
         f"scheduler.{name}"
         for name in type(new.scheduler).model_fields
         if name not in live and getattr(new.scheduler, name) != getattr(old.scheduler, name)
-    ] + [name for name in sections if getattr(new, name) != getattr(old, name)]
+    ] + [
+        *(name for name in sections if getattr(new, name) != getattr(old, name)),
+        *(
+            f"limits.{n}"
+            for n in ("client_backlog", "client_stall")
+            if getattr(new.limits, n) != getattr(old.limits, n)
+        ),
+    ]
 
 
 def _scheme(settings: config_module.Server | config_module.Admin) -> str:

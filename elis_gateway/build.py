@@ -11,13 +11,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from elis_gateway import config
+from elis_gateway.config_explain import explain
 from elis_gateway.core.policy import Aging, Policy, make_policy
 from elis_gateway.core.scheduler import SchedulerConfig
 from elis_gateway.errors import ConfigError
 from elis_gateway.predictor.base import Predictor
 from elis_gateway.predictor.make import make_predictor
 
-__all__ = ["WINDOWS", "load_certificate", "parse_policy", "policy", "predictor", "scheduler_config", "server_tls"]
+__all__ = [
+    "WINDOWS", "live_dials", "load_certificate", "parse_policy", "parse_upstream", "policy", "predictor",
+    "scheduler_config", "server_tls",
+]  # fmt: skip
 
 WINDOWS = ("window", "mode", "rescore")
 """Keys of the scheduler's section that say for how long somebody goes; they change while serving."""
@@ -66,14 +70,37 @@ def scheduler_config(section: config.Scheduler, *, estimates: bool) -> Scheduler
         "estimates": estimates,
         "rescore": section.rescore,
         "seam_cost": None if section.seam_cost == "auto" else section.seam_cost,
+        **live_dials(section),
+    }
+    known = {field.name for field in fields(SchedulerConfig)}
+    return SchedulerConfig(**{name: value for name, value in values.items() if name in known})
+
+
+def live_dials(section: config.Scheduler) -> dict[str, Any]:
+    """The scheduler's dials that may change while it runs."""
+    return {
         "queue_limit": section.queue.max_jobs,
         "queue_ttl": section.queue.ttl,
         "unavailable_timeout": section.queue.unavailable_timeout,
         "retries": section.retries,
         "tail": section.tail,
     }
-    known = {field.name for field in fields(SchedulerConfig)}
-    return SchedulerConfig(**{name: value for name, value in values.items() if name in known})
+
+
+def parse_upstream(wanted: Any) -> config.Upstream:
+    """An upstream that comes over the network, from JSON. Raises ``ConfigError``.
+
+    It may not name anything of this machine: an environment variable or a file named there would be sent to whatever
+    address is named beside it.
+    """
+    try:
+        settings = config.Upstream.model_validate(wanted)
+    except ValidationError as error:
+        raise ConfigError(explain(error, config.Upstream)) from None
+    local = [name for name in ("api_key_env", "tls", "forward_credentials") if name in settings.model_fields_set]
+    if local:
+        raise ConfigError(f"{local[0]}: can be set in the configuration file only")
+    return settings
 
 
 def server_tls(section: config.ServerTLS) -> ssl.SSLContext | None:

@@ -16,10 +16,13 @@ __all__ = ["Channel"]
 class Channel:
     """Bytes in, bytes out, then the end or an error. The error is raised after the last byte was taken."""
 
-    __slots__ = ("_chunks", "_closed", "_error", "_sink", "_waiter", "puts")
+    __slots__ = ("_chunks", "_closed", "_error", "_limit", "_overflow", "_sink", "_size", "_waiter", "puts")
 
     def __init__(self) -> None:
         self._chunks: list[bytes] = []
+        self._size = 0
+        self._limit: int | None = None
+        self._overflow: Callable[[], None] | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._closed = False
         self._error: Exception | None = None
@@ -40,7 +43,11 @@ class Channel:
     @property
     def pending(self) -> int:
         """Bytes put and not taken."""
-        return sum(map(len, self._chunks))
+        return self._size
+
+    def bound(self, limit: int, overflow: Callable[[], None]) -> None:
+        """Call ``overflow``, once, when more than ``limit`` bytes are pending."""
+        self._limit, self._overflow = limit, overflow
 
     def put(self, data: bytes) -> None:
         """Append ``data``. Dropped without a sound after ``close``: late text of a job whose client has gone."""
@@ -50,6 +57,10 @@ class Channel:
         if self._sink is not None and not self._chunks and self._sink(data):
             return
         self._chunks.append(data)
+        self._size += len(data)
+        if self._limit is not None and self._size > self._limit and self._overflow is not None:
+            self._limit = None
+            self._overflow()
         self._wake()
 
     def attach(self, sink: Callable[[bytes], bool]) -> None:
@@ -66,6 +77,7 @@ class Channel:
         self._closed = True
         if last:
             self._chunks.append(last)
+            self._size += len(last)
         self._error = error
         self._wake()
 
@@ -85,6 +97,7 @@ class Channel:
         if chunks:
             data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
             chunks.clear()
+            self._size = 0
             return data
         if self._error is not None:
             raise self._error

@@ -121,6 +121,9 @@ class Timeouts(Section):
     """Longest wait for the first byte of an answer, the engine's own queue and prefill included."""
     inter_token: Seconds = 60.0
     """Longest silence within an answer."""
+    learn: bool = True
+    """Give a stream up sooner where the last calls say so: after ten times their longest wait for a first byte (but
+    not before 20 s), or ten times their longest silence (not before 5 s)."""
 
 
 class Health(Section):
@@ -136,6 +139,12 @@ class Health(Section):
     """Failed probes in a row that take the upstream out of service."""
     up_after: Annotated[int, Field(ge=1)] = 2
     """Good probes in a row that bring it back."""
+    break_after: Annotated[int, Field(ge=1)] = 5
+    """Calls in a row that fail (reset, stalled, garbage, 5xx) although probes are fine, before calls are paused."""
+    break_for: Annotated[float, Field(gt=0)] = 5.0
+    """First such pause. One call then finds out whether it is over; if not, the next is twice as long, up to 60 s."""
+    slow_start: Seconds = 5.0
+    """After an upstream came back, its slots are used one after the other over this time; 0: all at once."""
 
 
 class TLS(Section):
@@ -357,6 +366,9 @@ class Scheduler(Section):
     queue: Queue = Queue()
     retries: Annotated[int, Field(ge=0)] = 3
     """Interrupted calls in a row without a token of progress before a job fails."""
+    retry_budget: NonNegative = 0.2
+    """Calls that may be repeated without progress, as a share of all jobs; 100 more are allowed at the start, and one
+    more every second. When it is spent, failures are told at once instead of multiplying the load."""
 
     @validates_all(mode="after")
     def _default_class_exists(self) -> Scheduler:
@@ -419,6 +431,12 @@ class PerKey(Section):
 class Limits(Section):
     """What is refused with 429 before it waits; see scheduler.queue for what may wait."""
 
+    max_bytes: Bytes = 1024 * 1024 * 1024
+    """Bytes of request bodies under way at once, waiting and running; beyond, 429."""
+    client_backlog: Bytes = 4 * 1024 * 1024
+    """Bytes of its answer that a client may be behind. One that is further is cut off; nobody waits for it."""
+    client_stall: Seconds = 60.0
+    """How long a client that is behind may read nothing at all before it is cut off; 0: for ever."""
     per_key: PerKey = PerKey()
     classes: dict[Name, Annotated[int, Field(ge=1)]] = {}
     """Requests of one class under way at once, waiting ones included."""

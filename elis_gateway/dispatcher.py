@@ -36,8 +36,13 @@ from elis_gateway.tasks import spawn
 from elis_gateway.upstream.base import Session, Upstream
 from elis_gateway.wire.continuation import Mode
 
-__all__ = ["Dispatcher"]
+__all__ = ["Dispatcher", "RetryBudget"]
 
+_SPARE = 100.0
+"""Calls that may be repeated beyond what the jobs have earned."""
+_NO_SLOTS = 5.0
+_LONGEST_WAIT = 600.0
+"""Seconds: bounds of what a refused client is told to wait."""
 _CLOSING_TIME = 2.0
 """Seconds that calls which were told to end may take for it at shutdown."""
 
@@ -55,6 +60,7 @@ class _Call:
         "feeding",
         "first_token",
         "flight",
+        "lost",
         "mark",
         "sent",
         "slice",
@@ -77,7 +83,9 @@ class _Call:
         """An upstream call was made."""
         self.feeding = False
         self.stop = False
-        """Told to end: Preempt or Abort."""
+        """Told to end: Preempt or Abort, or given up."""
+        self.lost: UpstreamError | None = None
+        """Why it was given up from outside."""
 
     def end(self) -> None:
         """Close the call at the next chance: at once where it waits for the network."""
@@ -99,8 +107,10 @@ class Dispatcher:
         *,
         observers: Sequence[Observer],
         estimate_deadline: float = 0.5,
+        retry_budget: float = 0.2,
     ) -> None:
         self.core = core
+        self.budget = RetryBudget(retry_budget)
         self._tell_missed = overriding(observers, "estimate_missed")
         self._estimator = Estimator(predictor, self._estimated, deadline=estimate_deadline, missed=self._missed)
         self.flights: dict[str, Flight] = {}
@@ -121,7 +131,8 @@ class Dispatcher:
         self._timer_at = float("inf")
         self._quiet: asyncio.Future[None] | None = None
         self._closing = False
-        self._service = 1.0
+        self._patience: dict[str, tuple[float, float]] = {}
+        """By model: what ``retry_after`` said, and until when it is said again."""
         self._perform_one: dict[type[Action], Callable[..., None]] = {
             AskEstimate: self._ask,
             Run: self._run,
@@ -141,6 +152,7 @@ class Dispatcher:
         if self._closing:
             raise ShuttingDown("the gateway is shutting down")
         self.flights[flight.spec.id] = flight
+        self.budget.earn()
         for submitted in self._tell_submitted:
             submitted(flight)
         self._perform(self.core.submit(flight.spec, self._loop.time()))
@@ -259,7 +271,6 @@ class Dispatcher:
         flight.job = job
         try:
             if job.outcome is Outcome.COMPLETED:
-                self._service += 0.05 * ((job.finished or 0.0) - (job.first_run or job.arrival) - self._service)
                 self._deliver(flight)
             else:
                 flight.channel.close(self._error(flight, job))
@@ -296,11 +307,37 @@ class Dispatcher:
         return UpstreamUnavailable("the answer could not be completed", cause=job.cause or "unknown")
 
     def retry_after(self, model: str) -> float:
-        """Seconds after which the queue of today should be gone: jobs waiting times the service each took, by slots."""
+        """Seconds after which today's work should be done: the tokens expected still, over the pool's throughput.
+
+        Looked up at most once a second: in an overload it is asked for by every refusal.
+        """
+        now = self._loop.time()
+        known = self._patience.get(model)
+        if known is not None and now < known[1]:
+            return known[0]
         slots = sum(u.info.slots for u in self.core.upstreams.values() if model in u.info.models)
-        if not slots:
-            return 5.0
-        return min(max(self.core.waiting(model) * self._service / slots, 1.0), 600.0)
+        wait = _NO_SLOTS
+        if slots:
+            wait = self.core.backlog(model) * self.core.seconds_per_token(model) / slots
+        wait = min(max(wait, 1.0), _LONGEST_WAIT)
+        self._patience[model] = (wait, now + 1.0)
+        return wait
+
+    def give_up_silent(self, upstream_id: str, after: float) -> None:
+        """This upstream is down: end its calls that have not been heard for ``after`` seconds, where their jobs can go
+        on elsewhere. A frozen engine keeps its connections, and so its calls, for as long as it is let."""
+        now = self._loop.time()
+        for call in list(self._calls.values()):
+            if call.slice.upstream != upstream_id or call.stop:
+                continue
+            if now - max(call.flight.heard, call.sent) < after or not self._others(upstream_id, call.flight.spec.model):
+                continue
+            call.lost = UpstreamUnavailable(f"{upstream_id}: silent, and down", cause="stall")
+            call.end()
+
+    def _others(self, upstream_id: str, model: str) -> bool:
+        pool = self.core.pools.get(model)
+        return pool is not None and any(u.info.id != upstream_id and u.info.slots for u in pool.upstreams)
 
     # --- slices --------------------------------------------------------------------------------------------------
 
@@ -332,6 +369,7 @@ class Dispatcher:
             # A bug of ours, raised and logged; but no slot is lost for it and no client waits for ever.
             self._over(call, "broken", UpstreamUnavailable("internal error", cause="bug"))
             raise
+        error = error or call.lost
         self._over(call, "aborted" if error is None else "broken", error)
 
     async def _make(self, call: _Call) -> None:
@@ -426,13 +464,23 @@ class Dispatcher:
             # Refused for what we had added to the request: it goes on as the client wrote it.
             return SliceEnd.WINDOW, ""
         end = answer.end_slice(how)
+        upstream = self._upstreams[call.slice.upstream]
         if end not in (SliceEnd.INTERRUPTED, SliceEnd.FAILED):
+            if end is not SliceEnd.PREEMPTED:
+                upstream.succeeded()
             return end, ""
-        said: UpstreamError | None = error or answer.error
+        said = error
         if said is None:
-            said = UpstreamUnavailable(f"{call.slice.upstream}: the answer broke off", cause="cut")
+            # The connection was fine, what came through it was not.
+            cut = UpstreamUnavailable(f"{call.slice.upstream}: the answer broke off", cause="cut")
+            said = upstream.failed(answer.error or cut)
         flight.error = said
-        return (end if said.retryable else SliceEnd.FAILED), said.cause
+        if end is SliceEnd.INTERRUPTED and not said.retryable:
+            end = SliceEnd.FAILED
+        if end is SliceEnd.INTERRUPTED and answer.attained == call.base and not self.budget.take(self._loop.time()):
+            # Everything fails: trying again would multiply the load that may be the reason.
+            end = SliceEnd.FAILED
+        return end, said.cause
 
 
 def _headers(flight: Flight) -> Mapping[str, str] | None:
@@ -440,6 +488,31 @@ def _headers(flight: Flight) -> Mapping[str, str] | None:
     if flight.credentials is None:
         return flight.headers
     return {**(flight.headers or {}), **flight.credentials}
+
+
+class RetryBudget:
+    """Calls that may be repeated without progress: a share of the jobs, and one a second, beyond some to begin with."""
+
+    __slots__ = ("_at", "_left", "share")
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self._left = _SPARE
+        self._at: float | None = None
+
+    def earn(self) -> None:
+        """Another job came."""
+        self._left = min(self._left + self.share, _SPARE)
+
+    def take(self, now: float) -> bool:
+        """May one be repeated now?"""
+        if self._at is not None:
+            self._left = min(self._left + now - self._at, _SPARE)
+        self._at = now
+        if self._left < 1.0:
+            return False
+        self._left -= 1.0
+        return True
 
 
 _EXPIRED = {

@@ -74,6 +74,7 @@ class Handlers:
         body_timeout: float = 0.0,
         relayed: Sequence[str] = ("/v1/",),
         cors_origins: Sequence[str] = (),
+        client_backlog: int = 4 * 1024 * 1024,
     ) -> None:
         """``refused`` is told the reason of every error that is answered in place of an answer."""
         self._refused = refused
@@ -83,6 +84,7 @@ class Handlers:
         self._relay = relay
         self._door = door
         self._relayed = tuple(relayed)
+        self._client_backlog = client_backlog
         self._origins = frozenset(cors_origins)
         self._keepalive_after = keepalive_after
         self._body_timeout = body_timeout
@@ -224,6 +226,9 @@ class Handlers:
             data = await channel.get()
             response = _EventStream(headers=_headers(request, flight, _EVENTS))
             await response.prepare(request)
+            if request.transport is not None:
+                # Cutting the connection cancels this handler, and that its job.
+                channel.bound(self._client_backlog, request.transport.abort)
             while data and not channel.exhausted:
                 await response.write(data)
                 if request.version == HttpVersion11:

@@ -32,11 +32,16 @@ class Request(web.BaseRequest):
 
 
 class Listener(web.Server):
-    """The public listener's protocol factory. ``head_timeout``: seconds a request's head may take; 0: any."""
+    """The public listener's protocol factory.
 
-    def __init__(self, handler: Any, *, head_timeout: float = 0.0, **options: Any) -> None:
+    ``head_timeout``: seconds a request's head may take; ``stall``: seconds in which a client that is behind has to read
+    something. 0: any.
+    """
+
+    def __init__(self, handler: Any, *, head_timeout: float = 0.0, stall: float = 0.0, **options: Any) -> None:
         super().__init__(handler, **options)
         self.head_timeout = head_timeout
+        self.stall = stall
 
     def __call__(self) -> web.RequestHandler:
         return _Connection(self, loop=self._loop, **self._kwargs)
@@ -45,12 +50,16 @@ class Listener(web.Server):
 class _Connection(web.RequestHandler):
     """One client connection."""
 
-    __slots__ = ("_head_timeout", "_head_timer")
+    __slots__ = ("_behind", "_head_timeout", "_head_timer", "_stall", "_stall_timer")
 
     def __init__(self, manager: Listener, *, loop: asyncio.AbstractEventLoop, **options: Any) -> None:
         super().__init__(manager, loop=loop, **options)
         self._head_timeout = manager.head_timeout
         self._head_timer: asyncio.TimerHandle | None = None
+        self._stall = manager.stall
+        self._stall_timer: asyncio.TimerHandle | None = None
+        self._behind = 0
+        """Bytes the client had not taken when it was looked at last."""
 
     def data_received(self, data: bytes) -> None:
         before = self._request_count
@@ -63,8 +72,37 @@ class _Connection(web.RequestHandler):
             # The beginning of a head, byte by byte perhaps: all of it has to be here in time.
             self._head_timer = self._loop.call_later(self._head_timeout, self._too_slow)
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._stall > 0 and self.transport is not None:
+            self._behind = self.transport.get_write_buffer_size()
+            self._stall_timer = self._loop.call_later(self._stall, self._stalled)
+
+    def resume_writing(self) -> None:
+        self._forgive()
+        super().resume_writing()
+
+    def _stalled(self) -> None:
+        """The client is behind: has it taken anything since?"""
+        self._stall_timer = None
+        if self.transport is None:
+            return
+        behind = self.transport.get_write_buffer_size()
+        if behind >= self._behind:
+            _log.info("a client that reads nothing any more is cut off")
+            self.transport.abort()
+            return
+        self._behind = behind
+        self._stall_timer = self._loop.call_later(self._stall, self._stalled)
+
+    def _forgive(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+
     def connection_lost(self, exc: BaseException | None) -> None:
         self._stop_timer()
+        self._forgive()
         super().connection_lost(exc)
 
     def _stop_timer(self) -> None:

@@ -20,6 +20,7 @@ from elis_gateway.core.placement import UpstreamInfo
 from elis_gateway.core.policy import Policy, make_policy
 from elis_gateway.core.scheduler import Scheduler, SchedulerConfig
 from elis_gateway.dispatcher import Dispatcher
+from elis_gateway.errors import UpstreamError
 from elis_gateway.flight import Flight
 from elis_gateway.predictor.baselines import MaxTokens
 from elis_gateway.sim.engine import Engine, EngineModel
@@ -85,6 +86,12 @@ class EngineUpstream:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._count = 0
+
+    def failed(self, error: UpstreamError) -> UpstreamError:
+        return error
+
+    def succeeded(self) -> None:
+        pass
 
     def open(
         self, call: Call, *, request_id: str, patient: bool = False, headers: Mapping[str, str] | None = None

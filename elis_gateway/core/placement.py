@@ -26,6 +26,8 @@ class UpstreamInfo(NamedTuple):
     """Calls to keep in flight beyond ``slots``, waiting in the engine's own queue."""
     orders: bool = False
     """The engine orders its waiting calls by ``Slice.priority`` (seen in its behaviour, not believed)."""
+    leaving: bool = False
+    """It is being emptied: what can go on elsewhere leaves at its next window."""
 
 
 class Running:

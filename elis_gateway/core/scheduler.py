@@ -24,7 +24,7 @@ from elis_gateway.core.admission import Alarms
 from elis_gateway.core.dials import SchedulerConfig
 from elis_gateway.core.job import Estimate, Job, JobSpec, JobState, Outcome
 from elis_gateway.core.placement import Upstream, UpstreamInfo
-from elis_gateway.core.policy import Policy
+from elis_gateway.core.policy import Policy, remaining_tokens
 from elis_gateway.core.slice import SliceEnd, SliceResult
 from elis_gateway.core.slots import Slots
 from elis_gateway.core.waiting import WaitingRoom
@@ -124,6 +124,8 @@ class Scheduler:
         job.attained = attained
         job.failures = 0
         job.avoid = None
+        if running.upstream.info.leaving and slots.leaves(running):
+            return slots.take()
         if slots.estimates:
             # Its answer, even if it is none, makes the new key.
             slots.actions.append(AskEstimate(job))
@@ -201,6 +203,8 @@ class Scheduler:
         if info.slots == 0 or stale:
             for job in upstream.queue.drain():
                 self._slots.enqueue(job, now)
+        if info.leaving:
+            self._slots.empty(upstream)
         for each in self.upstreams.values():
             # The others too: what was left for a better place may have to be taken where it is now.
             self._slots.fill(each, now)
@@ -248,6 +252,14 @@ class Scheduler:
         return self._alarms.next()
 
     # ---- views ------------------------------------------------------------------------------------------------
+
+    def backlog(self, model: str) -> float:
+        """Tokens that the waiting and running jobs of ``model`` are expected to need still. Looks at all of them."""
+        pool = self.pools.get(model)
+        if pool is None:
+            return 0.0
+        jobs = self.jobs.values()
+        return sum(remaining_tokens(job, pool) for job in jobs if job.spec.model == model and job.state is not _DONE)
 
     def waiting(self, model: str | None = None) -> int:
         """Jobs in the ready queues: all, or those that wait for an upstream of ``model``."""

@@ -247,6 +247,22 @@ class Slots:
             upstream.offer(running, key)
             self._make_yield(self._room.yields_on(upstream, now))
 
+    def empty(self, upstream: Upstream) -> None:
+        """The upstream is to be left. Slices that tell of windows end at their next one, the others now."""
+        for running in list(upstream.running.values()):
+            if running.slice.window is None:
+                self.leaves(running)
+
+    def leaves(self, running: Running) -> bool:
+        """End this slice so that its job goes on elsewhere, if it can: where nobody else is up it stays."""
+        job, here = running.job, running.upstream
+        if running.ending or job.state is not _RUNNING or not job.spec.sliceable:
+            return False
+        if not any(other.info.slots for other in job.pool.upstreams if other is not here):
+            return False
+        self._make_yield([running])
+        return True
+
     def _make_yield(self, slices: Iterable[Running]) -> None:
         for running in slices:
             running.upstream.told_to_end(running)

@@ -62,6 +62,11 @@ class SimServer:
         return f"http://{self.config.host}:{self.port}"
 
     @property
+    def running(self) -> bool:
+        """It listens."""
+        return self._runner is not None
+
+    @property
     def log(self) -> RequestLog:
         return self.sim.log
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from types import MappingProxyType, TracebackType
 from typing import NamedTuple, Protocol, Self
 
+from elis_gateway.errors import UpstreamError
 from elis_gateway.wire.continuation import Call
 
 __all__ = ["Capabilities", "Session", "Upstream"]
@@ -68,6 +69,12 @@ class Upstream(Protocol):
 
     @property
     def capabilities(self) -> Capabilities: ...
+
+    def failed(self, error: UpstreamError) -> UpstreamError:
+        """A call failed in a way that the session could not see; hands the error back."""
+
+    def succeeded(self) -> None:
+        """A call brought what it should."""
 
     def open(
         self, call: Call, *, request_id: str, patient: bool = False, headers: Mapping[str, str] | None = None

@@ -19,7 +19,7 @@ from elis_gateway.upstream.health import Health
 from elis_gateway.upstream.http import HttpUpstream
 from elis_gateway.upstream.probe import LLAMA_CPP, probe
 
-__all__ = ["Fleet"]
+__all__ = ["Fleet", "in_place"]
 
 _log = logging.getLogger("elis_gateway.upstream")
 
@@ -32,10 +32,17 @@ Listener = Callable[[UpstreamInfo], None]
 class _Member:
     """One upstream, its health, and the task that looks after it."""
 
-    def __init__(self, settings: config.Upstream, overcommit: int, changed: Callable[[_Member], None]) -> None:
+    def __init__(
+        self,
+        settings: config.Upstream,
+        overcommit: int,
+        changed: Callable[[_Member], None],
+        lost: Callable[[str, float], None],
+    ) -> None:
         self.settings = settings
         self.overcommit = overcommit if settings.overcommit is None else settings.overcommit
-        self.upstream = HttpUpstream(settings, report=self._failed)
+        self.upstream = HttpUpstream(settings, report=self._failed, well=self._succeeded)
+        self._lost = lost
         self.health = Health(settings.health)
         self.draining = False
         self.published: UpstreamInfo | None = None
@@ -51,14 +58,17 @@ class _Member:
     @property
     def info(self) -> UpstreamInfo:
         now = asyncio.get_running_loop().time()
-        serves = self.health.in_service(now) and not self.draining
+        slots = self.settings.slots
+        allowed = 0 if self.draining else self.health.allowed(slots, now)
         capabilities = self.upstream.capabilities
         return UpstreamInfo(
             self.upstream.id,
             capabilities.models,
-            self.settings.slots if serves else 0,
-            self.overcommit,
+            allowed,
+            # Calls in the engine's own queue are for one that is known to get through them.
+            self.overcommit if allowed == slots else 0,
             capabilities.orders,
+            self.draining,
         )
 
     async def watch(self) -> None:
@@ -69,8 +79,10 @@ class _Member:
             await self._look()
             self._changed(self)
             self.looked.set()
+            if self.health.known and not self.health.up:
+                self._lost(self.upstream.id, self.settings.health.timeout)
             try:
-                async with asyncio.timeout(self.health.next_look(loop.time())):
+                async with asyncio.timeout(self.health.next_look(loop.time(), self.settings.slots)):
                     await self._nudge.wait()
             except TimeoutError:
                 pass
@@ -82,13 +94,14 @@ class _Member:
             await self.upstream.get(self.settings.health.path)
             if not self._capable and loop.time() >= self._ask_at:
                 # New, or back after an absence in which it may have become another: ask before it gets work.
-                self.upstream.capabilities = await probe(self.upstream, orders=self.overcommit > 0)
-                self._capable = self.upstream.capabilities.settled
+                found = await probe(self.upstream, orders=self.overcommit > 0)
+                self._capable = found.settled
+                self.upstream.capabilities = found if found.settled else _as_before(found, self.upstream.capabilities)
                 self._ask_at = loop.time() + _ASK_AGAIN * self.settings.health.interval
         except UpstreamError as error:
-            self.health.probed(False, error.cause)
+            self.health.probed(False, error.cause, loop.time())
         else:
-            self.health.probed(True)
+            self.health.probed(True, now=loop.time())
         if was_up and not self.health.up:
             self._forget()
         if was_up != self.health.up:
@@ -101,19 +114,56 @@ class _Member:
     def _failed(self, error: UpstreamError) -> None:
         """A call failed. What it means is settled now: whoever asks next must not be sent there again."""
         was_up = self.health.up
-        self.health.failed(error, asyncio.get_running_loop().time(), server_errors=self.upstream.server_errors)
+        self.health.failed(error, asyncio.get_running_loop().time())
         if was_up and not self.health.up:
             self._forget()
             _log.warning("upstream %s is down: %s", self.upstream.id, error)
         self._changed(self)
         self._nudge.set()
 
+    def _succeeded(self, begun: bool) -> None:
+        """A call went well, and that may be news."""
+        if self.health.succeeded(asyncio.get_running_loop().time(), begun=begun):
+            _log.info("upstream %s answers again", self.upstream.id)
+            self._changed(self)
+            self._nudge.set()
+
+    def change(self, settings: config.Upstream, overcommit: int) -> None:
+        """Take over settings that need no new connections and no new questions (``in_place``)."""
+        self.settings = settings
+        self.overcommit = overcommit if settings.overcommit is None else settings.overcommit
+        self.upstream.change(settings)
+        self.health.change(settings.health)
+        self._changed(self)
+        self._nudge.set()
+
+
+_IN_PLACE = ("slots", "overcommit", "timeouts", "health")
+
+
+def in_place(old: config.Upstream, new: config.Upstream) -> bool:
+    """Can an upstream take these settings over without being drained?"""
+    same = {name: getattr(old, name) for name in _IN_PLACE}
+    return new.model_copy(update=same) == old
+
 
 class Fleet:
-    """The upstreams of one gateway. ``listener`` hears of every change, from the event loop, never before ``start``."""
+    """The upstreams of one gateway. ``listener`` hears of every change, from the event loop, never before ``start``.
 
-    def __init__(self, upstreams: Sequence[config.Upstream], listener: Listener, *, overcommit: int = 0) -> None:
+    ``lost`` hears of every look that finds an upstream down, with the seconds after which a call there that is silent
+    may be given up.
+    """
+
+    def __init__(
+        self,
+        upstreams: Sequence[config.Upstream],
+        listener: Listener,
+        *,
+        overcommit: int = 0,
+        lost: Callable[[str, float], None] = lambda name, after: None,
+    ) -> None:
         self._listener = listener
+        self._lost = lost
         self._overcommit = overcommit
         self._members: dict[str, _Member] = {}
         self._upstreams: dict[str, HttpUpstream] = {}
@@ -172,7 +222,9 @@ class Fleet:
         merged = self._by_model.get(model)
         if merged is None:
             known = [m.upstream.capabilities for m in self._members.values() if m.health.known]
-            merged = self._by_model[model] = _least([c for c in known if model in c.models], model)
+            serving = [c for c in known if model in c.models]
+            # One that stumbled when it was asked says nothing about itself, let alone about the others.
+            merged = self._by_model[model] = _least([c for c in serving if c.settled] or serving, model)
             if len(self._by_model) > 1024:
                 self._by_model.clear()
         return merged
@@ -188,6 +240,8 @@ class Fleet:
                 "draining": m.draining,
                 "cause": m.health.cause,
                 "slots": m.settings.slots,
+                "slots_allowed": m.info.slots,
+                "breaker": m.health.breaker.state(asyncio.get_running_loop().time()),
                 "overcommit": m.overcommit,
                 "kind": m.upstream.capabilities.kind,
                 "models": sorted(m.upstream.capabilities.models),
@@ -204,8 +258,16 @@ class Fleet:
         """Begin to use another upstream. Raises ``ConfigError`` for keys or certificates that cannot be read."""
         await self._watch(self._add(settings))
 
+    def settings(self) -> dict[str, config.Upstream]:
+        """Every upstream's settings by name."""
+        return {name: member.settings for name, member in self._members.items()}
+
+    def change(self, settings: config.Upstream) -> None:
+        """Other settings for an upstream that ``in_place`` says can take them over."""
+        self._members[settings.name].change(settings, self._overcommit)
+
     def drain(self, upstream_id: str, *, draining: bool = True) -> None:
-        """Send it nothing more (or again); what runs there finishes."""
+        """Send it nothing more (or again). What runs there goes on elsewhere where it can, or finishes."""
         member = self._members[upstream_id]
         member.draining = draining
         self._publish(member)
@@ -218,7 +280,7 @@ class Fleet:
         await _stop(member)
 
     def _add(self, settings: config.Upstream) -> _Member:
-        member = _Member(settings, self._overcommit, self._publish)
+        member = _Member(settings, self._overcommit, self._publish, self._lost)
         self._members[settings.name] = member
         self._upstreams[settings.name] = member.upstream
         return member
@@ -241,6 +303,16 @@ async def _stop(member: _Member) -> None:
         member.task.cancel()
         await asyncio.wait([member.task])
     await member.upstream.close()
+
+
+def _as_before(found: Capabilities, before: Capabilities) -> Capabilities:
+    """What an upstream can do that stumbled over the question: what it could the last time, if it is the same still.
+
+    Taken for a no, one bad moment of one engine would let every answer of its model go unsliced, on all of them.
+    """
+    if before.kind != found.kind or not before.models & found.models:
+        return found
+    return found._replace(ids=before.ids, orders=before.orders)
 
 
 def _least(able: list[Capabilities], model: str) -> Capabilities:

@@ -1,13 +1,15 @@
 """Is an upstream in service? A state machine over events and ``now``. Never: sockets, timers, choosing upstreams.
 
 Calls that cannot connect take it out at once; lost probes only after several in a row, and only several good ones
-bring it back, so that one accident moves nothing. An upstream that asks for a pause (429 or 503) gets it.
+bring it back, so that one accident moves nothing. An upstream that asks for a pause (429 or 503) gets it. One whose
+health page is fine but whose calls fail is the circuit breaker's (``breaker``).
 """
 
 from __future__ import annotations
 
 from elis_gateway import config
 from elis_gateway.errors import UpstreamError, UpstreamRefused
+from elis_gateway.upstream.breaker import Breaker
 
 __all__ = ["Health"]
 
@@ -16,18 +18,17 @@ _EAGER = 0.25
 _PAUSE = 0.5
 """Seconds a shedding upstream is left alone when it does not say for how long."""
 _LONGEST_PAUSE = 60.0
-_SICK_PAUSE = 5.0
-"""Seconds without calls for an upstream that answered several in a row with a server error."""
 _DOWN_AT_ONCE = frozenset({"connect", "reset", "dns", "tls"})
 
 
 class Health:
     """Starts unknown, which is not in service; the first good probe is enough to begin with."""
 
-    __slots__ = ("_bad", "_good", "_held_until", "_settings", "_wait", "cause", "known", "up")
+    __slots__ = ("_bad", "_good", "_held_until", "_settings", "_wait", "breaker", "cause", "known", "up")
 
     def __init__(self, settings: config.Health) -> None:
         self._settings = settings
+        self.breaker = Breaker(settings.break_after, settings.break_for, settings.slow_start)
         self.up = False
         self.known = False
         """It has answered a probe at least once, ever."""
@@ -38,7 +39,13 @@ class Health:
         self._held_until = 0.0
         self._wait = _EAGER
 
-    def probed(self, ok: bool, cause: str = "") -> None:
+    def change(self, settings: config.Health) -> None:
+        """Other dials from now on."""
+        self._settings = settings
+        breaker = self.breaker
+        breaker.after, breaker.pause, breaker.ramp = settings.break_after, settings.break_for, settings.slow_start
+
+    def probed(self, ok: bool, cause: str = "", now: float = 0.0) -> None:
         """A probe came back."""
         if ok:
             self._bad = 0
@@ -46,6 +53,8 @@ class Health:
             if not self.up and (not self.known or self._good >= self._settings.up_after):
                 self.up = True
                 self.cause = ""
+                if self.known:
+                    self.breaker.begin_slowly(now)
                 self._wait = _EAGER
             self.known = True
             return
@@ -56,27 +65,40 @@ class Health:
         elif self._bad >= self._settings.down_after:
             self._go_down(cause)
 
-    def failed(self, error: UpstreamError, now: float, *, server_errors: int = 0) -> None:
-        """A call failed; ``server_errors``: how many in a row were answered with a 5xx."""
+    def failed(self, error: UpstreamError, now: float) -> None:
+        """A call failed."""
         if isinstance(error, UpstreamRefused):
             if error.status in (429, 503):
                 pause = _PAUSE if error.retry_after is None else min(error.retry_after, _LONGEST_PAUSE)
                 self._held_until = max(self._held_until, now + pause)
-            elif server_errors >= self._settings.down_after:
-                # Its health page may be fine, but it does not answer: a pause, then one more look.
-                self._held_until = max(self._held_until, now + _SICK_PAUSE)
-        elif error.cause in _DOWN_AT_ONCE and self.up:
+            elif error.status >= 500:
+                self.breaker.failed(now)
+            return
+        self.breaker.failed(now)
+        if error.cause in _DOWN_AT_ONCE and self.up:
             self._go_down(error.cause)
+
+    def succeeded(self, now: float, *, begun: bool = False) -> bool:
+        """A call went well, or has ``begun`` well. True: that changes how many may be sent."""
+        return self.breaker.succeeded(now, begun=begun)
 
     def in_service(self, now: float) -> bool:
         """May calls be sent there?"""
-        return self.up and now >= self._held_until
+        return self.up and now >= self._held_until and self.breaker.state(now) != "open"
 
-    def next_look(self, now: float) -> float:
-        """Seconds until it should be looked at again: probed, or found to be past its pause."""
+    def allowed(self, slots: int, now: float) -> int:
+        """How many of its slots may be used now."""
+        return self.breaker.allowed(slots, now) if self.in_service(now) else 0
+
+    def next_look(self, now: float, slots: int = 1) -> float:
+        """Seconds until it should be looked at again: probed, or found to be past its pause or further up its ramp."""
         if self.up:
-            pause = self._held_until - now
-            return min(self._settings.interval, pause) if pause > 0 else self._settings.interval
+            waits = [self._settings.interval]
+            if self._held_until > now:
+                waits.append(self._held_until - now)
+            if (change := self.breaker.next_change(slots, now)) is not None:
+                waits.append(change)
+            return min(waits)
         wait = min(self._wait, self._settings.interval)
         self._wait = min(self._wait * 2.0, self._settings.interval)
         return wait

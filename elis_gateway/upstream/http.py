@@ -24,6 +24,7 @@ from yarl import URL
 from elis_gateway import config
 from elis_gateway.errors import ConfigError, UpstreamError, UpstreamRefused, UpstreamUnavailable
 from elis_gateway.upstream.base import Capabilities
+from elis_gateway.upstream.patience import Patience
 from elis_gateway.wire.continuation import Call
 from elis_gateway.wire.sse import DONE, EventDecoder
 
@@ -56,13 +57,15 @@ Report = Callable[[UpstreamError], None]
 class HttpUpstream:
     """An engine behind a base URL. ``start`` before use, ``close`` after."""
 
-    def __init__(self, settings: config.Upstream, *, report: Report | None = None) -> None:
+    def __init__(
+        self, settings: config.Upstream, *, report: Report | None = None, well: Callable[[bool], None] | None = None
+    ) -> None:
         self.id = settings.name
         self.settings = settings
         self.capabilities = Capabilities(models=frozenset(settings.models))
-        self.server_errors = 0
-        """Calls in a row that were answered with a 5xx."""
+        self.patience = Patience(settings.timeouts)
         self._report = report
+        self._well = well
         self._client: aiohttp.ClientSession | None = None
         self._urls: dict[str, URL] = {}
         self._headers = CIMultiDict({"Content-Type": "application/json", "Accept-Encoding": "identity"})
@@ -106,7 +109,7 @@ class HttpUpstream:
         self, call: Call, *, request_id: str, patient: bool = False, headers: Mapping[str, str] | None = None
     ) -> HttpSession:
         """Prepare a call; nothing is sent before the session is entered."""
-        return HttpSession(self, call, request_id, 0.0 if patient else self.settings.timeouts.first_byte, headers)
+        return HttpSession(self, call, request_id, 0.0 if patient else self.patience.first_byte(), headers)
 
     def url(self, path: str) -> URL:
         """The address of ``path``, which starts with a slash; percent-encoding in it is left alone."""
@@ -146,19 +149,32 @@ class HttpUpstream:
 
     def failed(self, error: UpstreamError) -> UpstreamError:
         """Report ``error`` to whoever watches this upstream's health, and hand it back to be raised."""
-        if isinstance(error, UpstreamRefused) and error.status >= 500:
-            self.server_errors += 1
         if self._report is not None:
             self._report(error)
         return error
+
+    def begun(self) -> None:
+        """The first byte of an answer has come."""
+        if self._well is not None:
+            self._well(True)
+
+    def succeeded(self) -> None:
+        """A call brought what it should."""
+        if self._well is not None:
+            self._well(False)
+
+    def change(self, settings: config.Upstream) -> None:
+        """Take over what needs no new connections."""
+        self.settings = settings
+        self.patience.timeouts = settings.timeouts
 
 
 class HttpSession:
     """One call over one connection. See ``base.Session``."""
 
     __slots__ = (
-        "_call", "_content", "_decoder", "_done", "_headers", "_heard", "_limit", "_loop", "_request_id", "_response",
-        "_stalled", "_task", "_timer", "_upstream",
+        "_call", "_content", "_decoder", "_done", "_first", "_gap", "_headers", "_heard", "_limit", "_loop",
+        "_request_id", "_response", "_stalled", "_task", "_timer", "_upstream",
     )  # fmt: skip
 
     def __init__(
@@ -180,6 +196,10 @@ class HttpSession:
         self._task: asyncio.Task[object] | None = None
         self._loop = asyncio.get_running_loop()
         self._heard = 0.0
+        self._first = -1.0
+        """Seconds until the first byte came; below 0: it has not."""
+        self._gap = 0.0
+        """The longest silence since then."""
         self._limit = first_byte
         """Seconds of silence that are borne; 0: any."""
         self._stalled = False
@@ -192,7 +212,6 @@ class HttpSession:
             response = await self._post()
             if response.status != 200:
                 raise self._upstream.failed(await self._refusal(response))
-            self._upstream.server_errors = 0
             self._content = response.content
             if self._call.stream and response.content_type != "text/event-stream":
                 raise self._broken("garbage", f"a stream was asked for, {response.content_type} came")
@@ -209,6 +228,8 @@ class HttpSession:
         self._unwatch()
         if self._response is None:
             return
+        if self._done and self._call.stream and self._first >= 0.0:
+            self._upstream.patience.heard(self._first, self._gap)
         if kind is not None or not self._done:
             self._abort()
             return
@@ -333,11 +354,17 @@ class HttpSession:
             self._timer = None
 
     def _hear(self) -> None:
-        self._heard = self._loop.time()
-        if self._limit != (limit := self._upstream.settings.timeouts.inter_token):
+        now = self._loop.time()
+        silence = now - self._heard
+        self._heard = now
+        if self._first < 0.0:
             # The first byte is here: from now on the shorter patience counts.
+            self._first = silence
             self._unwatch()
-            self._watch(limit)
+            self._watch(self._upstream.patience.inter_token())
+            self._upstream.begun()
+        elif silence > self._gap:
+            self._gap = silence
 
     def _look(self) -> None:
         due = self._heard + self._limit
@@ -354,6 +381,7 @@ class HttpSession:
         if isinstance(error, asyncio.CancelledError):
             if not self._stalled or (self._task is not None and self._task.uncancel() > 0):
                 return None
+            self._upstream.patience.gave_up(self._limit, first=self._first < 0.0)
             return self._broken("stall", f"nothing heard for {self._limit:g} s")
         if isinstance(error, (aiohttp.ClientError, OSError)):
             return self._upstream.failed(unavailable(self._upstream.id, error))

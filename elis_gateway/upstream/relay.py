@@ -14,9 +14,9 @@ import orjson
 from aiohttp import web
 from multidict import CIMultiDict
 
-from elis_gateway.errors import ClientError, Forbidden, ModelNotFound, Overloaded, UpstreamError
+from elis_gateway.errors import ClientError, Forbidden, ModelNotFound, Overloaded, UpstreamError, UpstreamRefused
 from elis_gateway.upstream.fleet import Fleet
-from elis_gateway.upstream.http import CREDENTIALS, HttpUpstream, abort, foreign_refusal, unavailable
+from elis_gateway.upstream.http import CREDENTIALS, HttpUpstream, abort, foreign_refusal, retry_after, unavailable
 
 __all__ = ["Relay"]
 
@@ -31,6 +31,7 @@ _NEVER_OURS = CREDENTIALS | {"x-goog-api-key", "cookie"}
 """What says who the client is: ours to know, not an upstream's."""
 _NOT_FROM_UPSTREAMS = ("access-control-", "set-cookie", "www-authenticate")
 """Beginnings of response headers by which an engine would speak for us."""
+_REFUSAL_LIMIT = 1024 * 1024
 _RETRY_AFTER = 5.0
 
 
@@ -129,6 +130,10 @@ class Relay:
                 allow_redirects=False,
                 timeout=timeout,
             )
+            if answer.status in (429, 503):
+                # It asks to be left alone: another may have room, and whoever comes next is not sent here.
+                wait = retry_after(answer.headers.get("Retry-After"))
+                raise UpstreamRefused(answer.status, await answer.content.read(_REFUSAL_LIMIT), retry_after=wait)
             if answer.status in (401, 407) and not upstream.settings.forward_credentials:
                 # It is our key that was refused, and its words may quote it.
                 raise foreign_refusal(upstream.id, answer.status)

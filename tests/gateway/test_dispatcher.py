@@ -12,9 +12,9 @@ import pytest
 
 from elis_gateway.core.job import Estimate, JobSpec, Outcome
 from elis_gateway.core.placement import UpstreamInfo
-from elis_gateway.core.policy import ISRTF, Policy
+from elis_gateway.core.policy import ISRTF, Policy, make_policy
 from elis_gateway.core.scheduler import Scheduler, SchedulerConfig
-from elis_gateway.dispatcher import Dispatcher
+from elis_gateway.dispatcher import Dispatcher, RetryBudget
 from elis_gateway.errors import Overloaded, ShuttingDown, UpstreamRefused, UpstreamUnavailable
 from elis_gateway.flight import Flight, Leg, Observer
 from elis_gateway.predictor.base import View
@@ -262,6 +262,77 @@ async def test_a_full_queue_says_when_to_come_again() -> None:
         await text(desk.submit(100))
     assert caught.value.cause == "queue_full"
     assert caught.value.retry_after >= 1.0
+
+
+@jumping
+async def test_the_wait_told_is_the_work_left_over_the_throughput() -> None:
+    desk = Desk(slots=2, queue_limit=10, seconds_per_token=0.01)
+    for tokens in (1000, 1000, 3000, 5000):
+        desk.submit(tokens)
+    assert desk.dispatcher.retry_after("m") == pytest.approx(10_000 * 0.01 / 2)
+
+
+@jumping
+async def test_when_everything_fails_calls_are_not_multiplied() -> None:
+    desk = Desk(FakeUpstream("a"), slots=8, retries=3)
+    desk.dispatcher.budget = RetryBudget(0.5)
+    desk.dispatcher.budget._left = 3.0
+    upstream = desk.upstreams["a"]
+    upstream.scripts = [[UpstreamUnavailable("no", cause="garbage")] for _ in range(100)]
+    flights = [desk.submit(10) for _ in range(8)]
+    for flight in flights:
+        with pytest.raises(UpstreamUnavailable):
+            await text(flight)
+    assert len(upstream.sessions) == 8 + 3 + 4  # each once, what was left, and half a call for each job
+
+
+@jumping
+async def test_a_silent_call_of_an_upstream_that_is_down_goes_on_elsewhere() -> None:
+    desk = Desk(FakeUpstream("a"), FakeUpstream("b"), slots=1)
+    desk.upstreams["a"].scripts = [[*answer(10, finish=None), None]]
+    flight = desk.submit(30)
+    reading = spawn(text(flight), name="reading")
+    await asyncio.sleep(5.0)
+    desk.dispatcher.upstream_changed(UpstreamInfo("a", frozenset({"m"}), 0))
+    desk.dispatcher.give_up_silent("a", after=6.0)
+    await asyncio.sleep(0.1)
+    assert not desk.upstreams["b"].sessions
+    await asyncio.sleep(2.0)
+    desk.dispatcher.give_up_silent("a", after=6.0)
+    assert await reading == words(30)
+    assert [(leg.upstream, leg.end, leg.cause) for leg in flight.legs] == [
+        ("a", "interrupted", "stall"), ("b", "finished", ""),
+    ]  # fmt: skip
+
+
+@jumping
+async def test_a_silent_call_stays_where_nobody_else_could_take_it() -> None:
+    desk = Desk(FakeUpstream("a"), slots=1)
+    desk.upstreams["a"].scripts = [[*answer(10, finish=None), 30.0, *answer(20, start=10)]]
+    flight = desk.submit(30)
+    reading = spawn(text(flight), name="reading")
+    await asyncio.sleep(20.0)
+    desk.dispatcher.upstream_changed(UpstreamInfo("a", frozenset({"m"}), 0))
+    desk.dispatcher.give_up_silent("a", after=2.0)
+    assert await reading == words(30)
+
+
+@jumping
+@pytest.mark.parametrize("policy", ["isrtf", "fcfs"])
+async def test_an_upstream_that_is_left_hands_its_jobs_over(policy: str) -> None:
+    """At the next window where there are windows, else at once; what cannot go on elsewhere finishes where it is."""
+    desk = Desk(FakeUpstream("a"), FakeUpstream("b"), slots=2, policy=make_policy(policy))
+    desk.dispatcher.upstream_changed(UpstreamInfo("b", frozenset({"m"}), 0))
+    moving, staying = desk.submit(400), desk.submit(300, mode=Mode.WHOLE)
+    both = [spawn(text(flight), name="reading") for flight in (moving, staying)]
+    await asyncio.sleep(0.6)
+    desk.dispatcher.upstream_changed(UpstreamInfo("b", frozenset({"m"}), 2))
+    desk.dispatcher.upstream_changed(UpstreamInfo("a", frozenset({"m"}), 0, leaving=True))
+    assert [await task for task in both] == [words(400), words(300)]
+    assert [leg.upstream for leg in moving.legs] == ["a", "b"]
+    assert moving.legs[0].tokens <= 110
+    assert [leg.upstream for leg in staying.legs] == ["a"]
+    await desk.dispatcher.idle("a")
 
 
 @jumping

@@ -96,6 +96,12 @@ class FakeUpstream:
         self.scripts: list[list[Step]] = []
         self.sessions: list[FakeSession] = []
 
+    def failed(self, error: UpstreamError) -> UpstreamError:
+        return error
+
+    def succeeded(self) -> None:
+        pass
+
     def open(
         self, call: Call, *, request_id: str, patient: bool = False, headers: Mapping[str, str] | None = None
     ) -> FakeSession:

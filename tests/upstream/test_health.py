@@ -81,11 +81,24 @@ def test_it_is_looked_at_soon_after_it_went_down_and_then_less_often() -> None:
     assert health.next_look(5.0) == 0.3 or abs(health.next_look(5.0) - 0.3) < 1e-9
 
 
-def test_several_server_errors_in_a_row_earn_a_pause_though_the_health_page_is_fine() -> None:
-    health = up()
-    for n in (1, 2):
-        health.failed(UpstreamRefused(500, b""), 10.0, server_errors=n)
-        assert health.in_service(10.0)
-    health.failed(UpstreamRefused(500, b""), 10.0, server_errors=3)
-    assert not health.in_service(14.9)
-    assert health.in_service(15.1)
+def test_several_failures_in_a_row_earn_a_pause_though_the_health_page_is_fine() -> None:
+    for error in (UpstreamRefused(500, b""), STALL):
+        health = up(break_after=3, break_for=5.0, slow_start=0.0)
+        for _ in range(2):
+            health.failed(error, 10.0)
+            assert health.in_service(10.0)
+        health.failed(error, 10.0)
+        assert not health.in_service(14.9)
+        assert health.next_look(14.0) == 1.0
+        assert health.allowed(8, 15.1) == 1
+        assert health.succeeded(15.2)
+        assert health.allowed(8, 15.2) == 8
+
+
+def test_after_an_absence_it_gets_its_slots_back_slowly() -> None:
+    health = up(slow_start=4.0)
+    assert health.allowed(4, 0.0) == 4
+    health.failed(RESET, 1.0)
+    for _ in range(2):
+        health.probed(True, now=2.0)
+    assert [health.allowed(4, now) for now in (2.0, 3.5, 5.5, 6.0)] == [1, 2, 4, 4]
