@@ -90,12 +90,16 @@ def gateway_config(proxies: list[FaultProxy], **server: Any) -> dict[str, Any]:
 class Troubles:
     """A seeded plan of accidents, performed one after the other."""
 
-    def __init__(self, engines: list[SimServer], proxies: list[FaultProxy], seed: int, pace: float) -> None:
+    def __init__(
+        self, engines: list[SimServer], proxies: list[FaultProxy], seed: int, pace: float, longest: float = 6.0
+    ) -> None:
         self.done: Counter[str] = Counter()
         self._engines, self._proxies = engines, proxies
         self._random = random.Random(seed)
         self._pace = pace
         """Mean seconds between two accidents."""
+        self._longest = longest
+        """Seconds that an accident may last."""
         self._healing: set[asyncio.Task[None]] = set()
         self._kinds: list[Callable[[int], Awaitable[None]]] = [self._kill, self._freeze, self._tear, self._slow]
         self._kinds += [self._faults] * 4
@@ -145,7 +149,7 @@ class Troubles:
             if not engine.running:
                 await engine.start()
 
-        self._later("killed", self._random.uniform(0.1, 3.0), back)
+        self._later("killed", self._random.uniform(0.1, self._longest / 2), back)
 
     async def _freeze(self, which: int) -> None:
         self.done["freeze"] += 1
@@ -154,7 +158,7 @@ class Troubles:
         async def thaw() -> None:
             self._proxies[which].thaw()
 
-        self._later("frozen", self._random.uniform(0.5, 6.0), thaw)
+        self._later("frozen", self._random.uniform(0.1, self._longest), thaw)
 
     async def _tear(self, which: int) -> None:
         self.done["tear"] += 1
@@ -168,7 +172,7 @@ class Troubles:
         async def quick() -> None:
             proxy.delay, proxy.piece = 0.0, 65536
 
-        self._later("slow", self._random.uniform(1.0, 4.0), quick)
+        self._later("slow", self._random.uniform(0.2, self._longest), quick)
 
     async def _faults(self, which: int) -> None:
         pick = self._random

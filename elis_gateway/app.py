@@ -55,6 +55,7 @@ _ORDERING = ("policy", "aging", *build.WINDOWS)
 _LINGER = 1.0
 """Seconds in which the rest of a refused body is still read, so that its sender gets to see the refusal."""
 
+_SAVE_TRIES = 5
 _SAVE_EVERY = 300.0
 """Seconds between two times that what the predictor learned is written down."""
 
@@ -191,8 +192,13 @@ class Gateway:
         """A gateway that is killed should not have forgotten what it learned in a month."""
         while True:
             await asyncio.sleep(_SAVE_EVERY)
-            if self.predictor is not None:
-                await asyncio.to_thread(self._save)
+            for _ in range(_SAVE_TRIES if self.predictor is not None else 0):
+                try:
+                    # In a thread: writing it all down takes a tenth of a second, in which no token would move.
+                    await asyncio.to_thread(self._save)
+                    break
+                except RuntimeError:
+                    _log.debug("something new was learned of while it was written down: once more")
 
     def _save(self) -> None:
         assert self.predictor is not None
