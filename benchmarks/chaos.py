@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,7 +101,12 @@ class Troubles:
         self._longest = longest
         """Seconds that an accident may last."""
         self._healing: set[asyncio.Task[None]] = set()
-        self._kinds: list[Callable[[int], Awaitable[None]]] = [self._kill, self._freeze, self._tear, self._slow]
+        self._kinds: list[Callable[[int], Coroutine[Any, Any, None]]] = [
+            self._kill,
+            self._freeze,
+            self._tear,
+            self._slow,
+        ]
         self._kinds += [self._faults] * 4
 
     async def run(self) -> None:
@@ -110,15 +115,16 @@ class Troubles:
             while True:
                 await asyncio.sleep(self._random.expovariate(1.0 / self._pace))
                 which = self._random.randrange(len(self._engines))
-                await self._random.choice(self._kinds)(which)
+                # Not waited for: a kill takes as long as its engine takes to be gone, and the next accident does not.
+                self._keep(spawn(self._random.choice(self._kinds)(which), name="accident"))
         finally:
             await self.heal()
 
     async def heal(self) -> None:
         """Everything as it should be."""
-        for task in list(self._healing):
-            task.cancel()
-        if self._healing:
+        while self._healing:
+            for task in list(self._healing):
+                task.cancel()
             await asyncio.wait(self._healing)
         for engine, proxy in zip(self._engines, self._proxies, strict=True):
             engine.faults.rules.clear()
@@ -134,7 +140,9 @@ class Troubles:
             finally:
                 await mend()
 
-        task = spawn(after(), name=f"mend {name}")
+        self._keep(spawn(after(), name=f"mend {name}"))
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
         self._healing.add(task)
         task.add_done_callback(self._healing.discard)
 

@@ -333,6 +333,7 @@ class Dispatcher:
             if now - max(call.flight.heard, call.sent) < after or not self._others(upstream_id, call.flight.spec.model):
                 continue
             call.lost = UpstreamUnavailable(f"{upstream_id}: silent, and down", cause="stall")
+            call.lost.reported = True
             call.end()
 
     def _others(self, upstream_id: str, model: str) -> bool:
@@ -469,12 +470,9 @@ class Dispatcher:
             if end is not SliceEnd.PREEMPTED:
                 upstream.succeeded()
             return end, ""
-        said = error
-        if said is None:
-            # The connection was fine, what came through it was not.
-            cut = UpstreamUnavailable(f"{call.slice.upstream}: the answer broke off", cause="cut")
-            said = upstream.failed(answer.error or cut)
-        flight.error = said
+        cut = UpstreamUnavailable(f"{call.slice.upstream}: the answer broke off", cause="cut")
+        # Where the connection was fine and what came through it was not, only we can tell.
+        flight.error = said = upstream.failed(error or answer.error or cut)
         if end is SliceEnd.INTERRUPTED and not said.retryable:
             end = SliceEnd.FAILED
         if end is SliceEnd.INTERRUPTED and answer.attained == call.base and not self.budget.take(self._loop.time()):

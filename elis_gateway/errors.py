@@ -84,6 +84,8 @@ class UpstreamError(GatewayError):
         super().__init__(message)
         self.cause = cause
         self.retryable = retryable
+        self.reported = False
+        """Whoever watches the upstream's health knows of it."""
 
 
 class UpstreamUnavailable(UpstreamError):

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from aiohttp import web
+from aiohttp import web, web_protocol
 from aiohttp.http_exceptions import HttpProcessingError
 
 from elis_gateway.errors import ClientError, GatewayError
@@ -114,6 +114,13 @@ class _Connection(web.RequestHandler):
         self._head_timer = None
         if not self._request_in_progress:
             self.force_close()
+
+    def log_exception(self, *args: Any, **options: Any) -> None:
+        """A body that cannot be unpacked, met again while the rest of it is read away, is no bug of ours."""
+        if isinstance(options.get("exc_info"), (web_protocol.RequestPayloadError, HttpProcessingError)):
+            _log.debug("the rest of a refused request cannot be read")
+        else:
+            super().log_exception(*args, **options)
 
     def handle_error(
         self,

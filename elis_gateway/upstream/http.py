@@ -149,7 +149,8 @@ class HttpUpstream:
 
     def failed(self, error: UpstreamError) -> UpstreamError:
         """Report ``error`` to whoever watches this upstream's health, and hand it back to be raised."""
-        if self._report is not None:
+        if self._report is not None and not error.reported:
+            error.reported = True
             self._report(error)
         return error
 
