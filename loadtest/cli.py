@@ -207,6 +207,52 @@ def compare_stored(ours: str, theirs: str, fail_above: tuple[str, ...], fail_bel
         sys.exit(1)
 
 
+@cli.command()
+@click.argument("url")
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), default="engine-model.json", show_default=True
+)
+@click.option("--model", help="Model to ask for.  [default: the server's first]")
+@click.option("--slots", type=click.IntRange(min=1), help="Sequences decoded at once.  [default: found out]")
+@click.option("--block", default=16, show_default=True, help="Tokens per block of the engine's prefix cache.")
+@click.option("--kv-tokens", type=click.IntRange(min=1), help="Tokens of key-value memory, where that is a limit.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1))
+@click.option("--about", default="", help="Engine and settings, in words.")
+@click.option("--api-key", envvar="OPENAI_API_KEY", help="Bearer token.  [env: OPENAI_API_KEY]")
+def calibrate(
+    url: str,
+    output: Path,
+    model: str | None,
+    slots: int | None,
+    block: int,
+    kv_tokens: int | None,
+    rounds: int,
+    about: str,
+    api_key: str | None,
+) -> None:
+    """Measure an engine (not the gateway in front of it) and write an engine model for the simulator.
+
+    Slots, token rate by batch size, prefill rate, what a seam costs, capacity: a minute or two a round. Nobody else may
+    use the engine meanwhile. Then: elis-gateway loadtest run --target sim:engine-model.json ...
+    """
+    try:
+        from loadtest import run as running
+    except ModuleNotFoundError as error:
+        raise MissingExtra("loadtest", "loadtest calibrate") from error
+    running.calibrate_to(
+        url,
+        output,
+        model=model,
+        slots=slots,
+        block=block,
+        kv_tokens=kv_tokens,
+        rounds=rounds,
+        about=about,
+        headers=_headers((), api_key),
+        said=click.echo,
+    )
+
+
 @cli.command("make-workload")
 @click.argument("path", type=click.Path(dir_okay=False, path_type=Path))
 @work_options

@@ -6,6 +6,8 @@ Knows: how the parts are put together for one call of the command, what a person
 from __future__ import annotations
 
 import asyncio
+import os
+import platform
 import signal
 import sys
 import time
@@ -20,7 +22,7 @@ import orjson
 
 from elis_gateway.errors import ConfigError, GatewayError, UpstreamUnavailable
 from elis_gateway.sim.model import EngineModel
-from loadtest import runner, store, targets
+from loadtest import calibrate, runner, store, targets
 from loadtest.client import Client
 from loadtest.experiment import AS_IT_IS, MAX_LAG, Experiment, Live, Planned, Simulated, conduct, plan
 from loadtest.figures import Objectives
@@ -33,7 +35,7 @@ from loadtest.tables import tables, verdict
 from loadtest.targets import HttpTarget, Steering
 from loadtest.workload import Request, Workload
 
-__all__ = ["Options", "execute"]
+__all__ = ["Options", "calibrate_to", "execute"]
 
 GAPS_UP_TO = 2_000_000
 """Tokens of a workload up to which every time between two deltas is kept."""
@@ -316,6 +318,53 @@ def full_rate(rows: Sequence[Row], slots: int) -> float:
         if overlap > 0 and row.end > row.sent:
             made += row.tokens * overlap / (row.end - row.sent)
     return made / (end - begin)
+
+
+def calibrate_to(
+    url: str,
+    output: Path,
+    *,
+    model: str | None,
+    slots: int | None,
+    block: int,
+    kv_tokens: int | None,
+    rounds: int,
+    about: str,
+    headers: Mapping[str, str],
+    said: Callable[[str], None],
+) -> None:
+    """Measure an engine, write its model, and say what was found. Raises GatewayError."""
+
+    async def measured() -> tuple[calibrate.Calibration, str]:
+        async with Client(url, headers) as client:
+            name = model or await _first_model(client)
+            server = calibrate.Server(client, name)
+            try:
+                return await calibrate.measure(server, slots=slots, rounds=rounds, said=said), name
+            except UpstreamUnavailable as error:
+                raise GatewayError(f"{url} does not answer: {error}") from error
+
+    found, name = asyncio.run(measured())
+    seam = found.seam
+    words = (
+        f"{about or name}. Measured {time.strftime('%Y-%m-%d')} on {platform.machine()} with {os.cpu_count()} cores by "
+        f"loadtest calibrate, median of {rounds} rounds; capacity {found.capacity:.1f} tokens/s. A seam cost "
+        f"{seam['alone']:.1f} decoded tokens alone, {seam['backlog']:.1f} of each sequence under backlog, and computed "
+        f"{seam['computed']:.0f} prompt tokens again."
+    )
+    fitted = calibrate.fitted(found, block=block, kv_tokens=kv_tokens, about=words)
+    fitted.save(output)
+    said(f"decoding: {', '.join(f'{rate:.1f} tokens/s each of {batch}' for batch, rate in found.decode)}")
+    said(f"capacity: {found.capacity:.1f} tokens/s with {found.slots} slots at work, whole answers")
+    prefill = (
+        "free, as far as can be measured"
+        if fitted.prefill_tokens_per_second is None
+        else f"{found.prefill:.0f} tokens/s"
+    )
+    said(f"prompts: {prefill}; others {'wait' if found.stalls else 'go on'} meanwhile")
+    said(f"a seam: {seam['alone']:.1f} tokens alone, {seam['backlog']:.1f} under backlog"
+         + ("" if found.by_ids else "; continued by text, as no token ids came back"))  # fmt: skip
+    said(f"{output}: use it as --target sim:{output}")
 
 
 # ---- both -----------------------------------------------------------------------------------------------------------
