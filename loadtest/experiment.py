@@ -6,6 +6,7 @@ between them, that a run which lagged is not valid. Never: statistics, files, wh
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -200,6 +201,9 @@ class Live:
             about["policy"] = await self._steering.use(ordering(setting(planned.setting, window=self._window)))
         target = self._make_target(workload)
         target.prepare(workload.requests)
+        # What is there by now stays: the garbage collector need not look at it while requests are due.
+        gc.collect()
+        gc.freeze()
         start = time.perf_counter() + runner.LEAD
         target.start = start
         if self._on_begin is not None:
