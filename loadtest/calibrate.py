@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -47,9 +46,13 @@ _WORDS = (
 Prompt = list[int] | str
 
 
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
 @dataclass
 class Timing:
-    """One call: seconds on ``time.perf_counter``."""
+    """One call: seconds on the loop's clock."""
 
     start: float
     arrivals: list[float] = field(default_factory=list)
@@ -109,7 +112,7 @@ class Server:
             "stream": True, "stream_options": {"include_usage": True}, **self._more,
         }  # fmt: skip
         decoder = EventDecoder()
-        timing = Timing(time.perf_counter())
+        timing = Timing(_now())
 
         def heard(data: bytes) -> None:
             for payload in decoder.feed(data):
@@ -129,7 +132,7 @@ class Server:
 
 
 def _read(chunk: dict[str, Any], timing: Timing) -> None:
-    timing.done = time.perf_counter()
+    timing.done = _now()
     if "error" in chunk:
         raise GatewayError(f"the engine failed: {chunk['error']}")
     if usage := chunk.get("usage"):
@@ -188,14 +191,14 @@ async def stall(server: Server) -> float:
 
 async def seams(server: Server, slices: int) -> tuple[float, int]:
     """Seconds for WHOLE tokens in so many calls, and prompt tokens computed by the continuations."""
-    start, computed = time.perf_counter(), 0
+    start, computed = _now(), 0
     known = server.prompt()
     for number in range(slices):
         call = await server.call(known, WHOLE // slices)
         known = server.longer(known, call)
         if number:
             computed += call.prompt_tokens - call.cached
-    return time.perf_counter() - start, computed
+    return _now() - start, computed
 
 
 async def backlog(server: Server, batch: int, slices: int, pace: float) -> float:
@@ -206,7 +209,7 @@ async def backlog(server: Server, batch: int, slices: int, pace: float) -> float
 
     async def worker(number: int) -> None:
         await asyncio.sleep(number * WHOLE / pace / batch)
-        begun.append(time.perf_counter())
+        begun.append(_now())
         for _ in range(JOBS):
             known = server.prompt()
             for _ in range(slices):
