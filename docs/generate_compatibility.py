@@ -80,6 +80,9 @@ the operator trusts to continue a text; never chosen by itself.
   own, which holds back as many characters as the longest stop string has.
 - `usage.prompt_tokens_details` is that of the call that read the client's prompt. A call that was interrupted never
   says what it found in the cache; then only a later call's word is left, limited to the prompt.
+- `n` and lists of prompts: each choice is queued and sliced by itself, and counts as a request where requests are
+  counted. Choices of a stream may start at different times; if one is refused or fails, the whole request is. A request
+  of more than 64 choices, or one whose choices could not be sliced, is one call.
 - The number of chunks in a stream, ids and timestamps are not promised.
 """
 
@@ -91,6 +94,8 @@ def fate(row: Parameter, chat: bool, way: Way) -> str:
         body.pop("tool_choice", None)
         if "logprobs" in body:
             body["logprobs"] = 2
+    if way is not Way.TEXT:
+        body.pop("n", None)  # split into jobs before anything else is asked (wire/several.py)
     return "one call" if unsliceable(body, chat, way) else "sliced"
 
 

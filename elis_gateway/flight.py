@@ -79,6 +79,16 @@ class Flight:
         self.renew: Callable[[], Answer] | None = None
         """Makes the answer anew before the first call, where it was made before any upstream was known."""
 
+    @property
+    def parts(self) -> tuple[Flight, ...]:
+        """The flights that answer the request: this one alone."""
+        return (self,)
+
+    @property
+    def first(self) -> Flight:
+        """The one whose job stands for the request."""
+        return self
+
 
 class Observer:
     """Told of what happened, never asked: metrics, the traffic log, the log. Override what you want to hear."""

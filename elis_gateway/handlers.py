@@ -24,6 +24,7 @@ from elis_gateway.flight import Flight
 from elis_gateway.intake import Intake
 from elis_gateway.listener import Request
 from elis_gateway.logs import job_id
+from elis_gateway.party import Party
 from elis_gateway.wire import openai, sse
 from elis_gateway.wire.openai import Route
 from elis_gateway.wire.problems import problem, reason
@@ -183,20 +184,23 @@ class Handlers:
         headers = request.headers
         grant = self._door.who(headers)
         body = await self._body(request)
-        flight = self._intake.flight(openai.parse(route, body), len(body), headers, grant)
-        self._door.enter(flight, grant)
+        asked = self._intake.take(openai.parse(route, body), len(body), headers, grant)
         # A connection's next request runs in the same task.
-        in_context = job_id.set(flight.spec.id)
+        in_context = job_id.set(asked.first.spec.id)
         try:
-            self._dispatcher.submit(flight)
-            if flight.request.stream:
-                response = await self._stream(request, flight)
+            for flight in asked.parts:
+                self._door.enter(flight, grant)
+            for flight in asked.parts:
+                self._dispatcher.submit(flight)
+            if asked.request.stream:
+                response = await self._stream(request, asked)
             else:
-                response = await self._whole(request, flight)
+                response = await self._whole(request, asked)
         finally:
             # The client has gone, or something broke: nobody wants the rest.
-            self._dispatcher.cancel(flight)
-            self._door.leave(flight)
+            for flight in asked.parts:
+                self._dispatcher.cancel(flight)
+                self._door.leave(flight)
             job_id.reset(in_context)
         return response
 
@@ -211,20 +215,20 @@ class Handlers:
             limit = self._body_timeout
             raise ClientError(f"the request body did not arrive within {limit:g} s", code="request_timeout") from None
 
-    async def _whole(self, request: web.BaseRequest, flight: Flight) -> web.StreamResponse:
+    async def _whole(self, request: web.BaseRequest, asked: Flight | Party) -> web.StreamResponse:
         try:
-            body = await flight.channel.get()
+            body = await asked.channel.get()
         except GatewayError as error:
-            return self._problem(error, _headers(request, flight))
-        return web.Response(body=body, headers=_headers(request, flight, _JSON))
+            return self._problem(error, _headers(request, asked.first))
+        return web.Response(body=body, headers=_headers(request, asked.first, _JSON))
 
-    async def _stream(self, request: web.BaseRequest, flight: Flight) -> web.StreamResponse:
-        channel = flight.channel
+    async def _stream(self, request: web.BaseRequest, asked: Flight | Party) -> web.StreamResponse:
+        channel = asked.channel
         response: web.StreamResponse | None = None
         alive = _Keepalive(self._loop, channel, self._keepalive_after)
         try:
             data = await channel.get()
-            response = _EventStream(headers=_headers(request, flight, _EVENTS))
+            response = _EventStream(headers=_headers(request, asked.first, _EVENTS))
             await response.prepare(request)
             if request.transport is not None:
                 # Cutting the connection cancels this handler, and that its job.
@@ -236,8 +240,8 @@ class Handlers:
                 data = await channel.get()
         except GatewayError as error:
             if response is None:
-                return self._problem(error, _headers(request, flight))
-            data = flight.answer.error_event(error)
+                return self._problem(error, _headers(request, asked.first))
+            data = asked.first.answer.error_event(error)
         finally:
             alive.stop()
         await response.write_eof(data)

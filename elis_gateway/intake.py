@@ -16,9 +16,11 @@ from elis_gateway.access import CREDENTIALS, Door, Grant
 from elis_gateway.core.job import JobSpec
 from elis_gateway.errors import ClientError, ModelNotFound
 from elis_gateway.flight import Flight, Observer
+from elis_gateway.party import Party
 from elis_gateway.upstream.base import Capabilities
 from elis_gateway.wire.continuation import Answer, Lore, Mode
 from elis_gateway.wire.openai import Request, Route
+from elis_gateway.wire.several import split
 
 __all__ = ["Intake", "ModelDirectory"]
 
@@ -70,6 +72,15 @@ class Intake(Observer):
         self._lore: dict[str, Lore] = {}
         self._prefix = secrets.token_hex(4)
         self._count = itertools.count(1)
+
+    def take(
+        self, request: Request, size: int, headers: Mapping[str, str], grant: Grant | None = None
+    ) -> Flight | Party:
+        """The job, or the jobs, of one request. Raises as ``flight`` does."""
+        parts = [self.flight(part, len(part.raw), headers, grant) for part in split(request)]
+        if parts and all(part.answer.mode is Mode.IDS for part in parts):
+            return Party(request, parts, self._describe if parts[0].describe is not None else None)
+        return self.flight(request, size, headers, grant)
 
     def flight(self, request: Request, size: int, headers: Mapping[str, str], grant: Grant | None = None) -> Flight:
         """A job ready to be submitted. ``size``: bytes of the request's body; ``grant``: whose request it is.

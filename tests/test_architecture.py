@@ -40,6 +40,7 @@ ARROWS: dict[str, set[str]] = {
             "flight",
             "intake",
             "listener",
+            "party",
             "logs",
             "relay",
             "tasks",
@@ -53,8 +54,8 @@ ARROWS: dict[str, set[str]] = {
     E + "build": {CORE, E + "predictor"},
     E + "journal": {E + "flight", CORE + ".job"},
     E + "live": {E + "flight", CORE},
-    E + "intake": {E + "flight", E + "upstream.base", E + "wire", CORE + ".job"},
-    E + "intake": {E + "access", E + "flight", E + "upstream.base", E + "wire", CORE + ".job"},
+    E + "intake": {E + "access", E + "flight", E + "party", E + "upstream.base", E + "wire", CORE + ".job"},
+    E + "party": {E + "channel", E + "flight", E + "wire"},
     E + "estimator": {E + "flight", E + "predictor.base", E + "tasks", *VALUES},
     E + "dispatcher": {
         E + "estimator",

@@ -94,7 +94,7 @@ PARAMETERS: dict[str, Parameter] = {
         # what is asked
         Parameter("model", Kind.OURS, "an alias is translated both ways"),
         Parameter("messages", Kind.PROMPT, "text; with an image, audio or other part: one call"),
-        Parameter("prompt", Kind.PROMPT, "text or token ids; a list of several prompts is one call"),
+        Parameter("prompt", Kind.PROMPT, "text or token ids; of a list, each is a job of its own"),
         Parameter("suffix", Kind.ALONE, "models that fill in the middle see it once", _empty, "empty"),
         Parameter("prompt_embeds", Kind.ALONE, "there are no ids to continue from"),
         Parameter("documents", Kind.PROMPT, ""),
@@ -134,7 +134,9 @@ PARAMETERS: dict[str, Parameter] = {
         Parameter("bad_words", Kind.ALONE, "a word of several tokens could hide in a seam", _empty, "empty"),
         Parameter("logits_processors", Kind.ALONE, "may count the tokens of one call", _empty, "empty"),
         Parameter("vllm_xargs", Kind.ALONE, "for extensions we do not know", _empty, "empty"),
-        Parameter("n", Kind.ALONE, "its choices differ", _one, "1"),
+        Parameter(
+            "n", Kind.ALONE, "choices differ: each is a job of its own, where ids are told (up to 64)", _one, "1"
+        ),
         Parameter("best_of", Kind.ALONE, "compares whole answers", _one, "1"),
         Parameter("use_beam_search", Kind.ALONE, "compares whole answers", _false, "false"),
         Parameter("early_stopping", Kind.NOTHING, "of beam search alone"),
