@@ -64,6 +64,13 @@ of chats are sliced where ids are taken as a chat's prompt too, which the gatewa
 they are one call. *llama.cpp*: its server, by ids and texts mixed. *by text*: `continuation: text`, for servers that
 the operator trusts to continue a text; never chosen by itself.
 
+## Other routes
+
+- `/v1/responses` and `/v1/messages`: queued and ordered by predicted length, one call each, relayed as they come; an
+  engine that lacks them says so itself.
+- Everything else under `/v1/`, such as embeddings, audio and files: relayed in both directions as it comes, without a
+  slot, uploads unbuffered. Headers of one hop and the engine's own scheduling headers stay behind.
+
 ## What is exact, and where it ends
 
 - At temperature 0 and in float32 a sliced answer has the tokens of one call. In bfloat16 any two calls may differ at

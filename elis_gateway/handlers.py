@@ -93,6 +93,8 @@ class Handlers:
         self._routes: dict[tuple[str, str], Handler] = {
             ("POST", Route.CHAT.value): self._chat,
             ("POST", Route.COMPLETIONS.value): self._completions,
+            ("POST", Route.RESPONSES.value): self._responses,
+            ("POST", Route.MESSAGES.value): self._messages,
             ("GET", "/v1/models"): self._models,
             ("GET", "/health"): self._health,
             ("GET", "/ready"): self._ready,
@@ -179,6 +181,12 @@ class Handlers:
 
     async def _completions(self, request: web.BaseRequest) -> web.StreamResponse:
         return await self._generate(request, Route.COMPLETIONS)
+
+    async def _responses(self, request: web.BaseRequest) -> web.StreamResponse:
+        return await self._generate(request, Route.RESPONSES)
+
+    async def _messages(self, request: web.BaseRequest) -> web.StreamResponse:
+        return await self._generate(request, Route.MESSAGES)
 
     async def _generate(self, request: web.BaseRequest, route: Route) -> web.StreamResponse:
         headers = request.headers

@@ -204,6 +204,8 @@ def continuation(request: Request, able: Capabilities) -> tuple[Mode, str]:
 
     What the request's own parameters say to that the answer knows.
     """
+    if request.route.foreign:
+        return Mode.WHOLE, request.route.value
     if request.route is Route.CHAT and able.chat_parser:
         return Mode.WHOLE, "chat_parser"
     if able.ids:

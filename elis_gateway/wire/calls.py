@@ -36,6 +36,8 @@ class Call(NamedTuple):
 def own(request: Request, model: str, priority: int | None) -> Call:
     """The client's request as it is, but for the model's name and the engine priority, which are ours to set."""
     body = request.body
+    if request.route is Route.MESSAGES:
+        priority = None  # Anthropic's has no such field
     if model == body.get("model") and priority is None and "priority" not in body:
         return Call(request.route.value, request.raw, request.stream)
     return Call(request.route.value, orjson.dumps(_ours(body, model, priority)), request.stream)

@@ -20,14 +20,14 @@ import orjson
 
 from elis_gateway.core.slice import SliceEnd
 from elis_gateway.errors import GatewayError
-from elis_gateway.wire import calls
+from elis_gateway.wire import calls, foreign
 from elis_gateway.wire.calls import Call
 from elis_gateway.wire.dialects import ById, ByText, Dialect, Lore, Mode
 from elis_gateway.wire.encode import Encoder
 from elis_gateway.wire.ledger import Ledger
 from elis_gateway.wire.llamacpp import LlamaCpp
 from elis_gateway.wire.logprobs import Logprobs
-from elis_gateway.wire.openai import Request
+from elis_gateway.wire.openai import Request, Route
 from elis_gateway.wire.parameters import Way, unsliceable
 from elis_gateway.wire.problems import error_body
 from elis_gateway.wire.reading import Reading
@@ -91,7 +91,7 @@ class Answer(Reading):
         )  # fmt: skip
         self._implied = request.max_tokens
         """Tokens the engine would stop at by itself, as far as the request says."""
-        if self._implied is None and not request.chat:
+        if self._implied is None and request.route is Route.COMPLETIONS:
             self._implied = self._dialect.completions_default
         self.limit = default_limit if self._implied is None and request.chat else self._implied
         self._preamble = b""
@@ -267,7 +267,7 @@ class Answer(Reading):
         if note is not None:
             out += comment(note)
         self.committed = True
-        return out + DONE_EVENT
+        return out if self.request.route.foreign else out + DONE_EVENT
 
     def body(self) -> bytes:
         """A finished answer as the JSON document a non-streaming client waits for."""
@@ -289,4 +289,7 @@ class Answer(Reading):
 
     def error_event(self, error: GatewayError) -> bytes:
         """The last event of a stream that cannot go on: never a silent clean end."""
-        return encode(orjson.dumps(error_body(error)))
+        body = error_body(error)
+        if self.request.route.foreign and isinstance(body["error"], dict):
+            return foreign.failure(self.request.route.value, {"message": str(error), **body["error"]})
+        return encode(orjson.dumps(body))

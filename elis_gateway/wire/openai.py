@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from elis_gateway.errors import ClientError
+from elis_gateway.wire import foreign
 
 __all__ = ["Request", "Route", "parse"]
 
@@ -22,10 +23,17 @@ _DEPTH = 200
 
 
 class Route(Enum):
-    """The two endpoints whose answers we can schedule by length."""
+    """The endpoints whose answers we can schedule by length."""
 
     CHAT = "/v1/chat/completions"
     COMPLETIONS = "/v1/completions"
+    RESPONSES = "/v1/responses"
+    MESSAGES = "/v1/messages"
+
+    @property
+    def foreign(self) -> bool:
+        """Its answers are relayed as they come (``wire.foreign``)."""
+        return self in (Route.RESPONSES, Route.MESSAGES)
 
 
 class Request:
@@ -56,7 +64,7 @@ class Request:
         """Log-probabilities are to be shown."""
         self.include_stop = bool(body.get("include_stop_str_in_output"))
         """Stop strings stay in the text."""
-        self.max_tokens = _limit(body, self.chat)
+        self.max_tokens = _limit(body, route)
         """Most answer tokens the client asked for; None where it set no limit (or not a readable one)."""
         stop = body.get("stop")
         stops = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
@@ -75,6 +83,8 @@ class Request:
     @property
     def prompt_text(self) -> str:
         """What a length predictor reads: the last user turn, or the prompt. Token-id prompts have no text."""
+        if self.route.foreign:
+            return foreign.asked_text(self.route.value, self.body)[0]
         if not self.chat:
             prompt = self.body.get("prompt")
             if isinstance(prompt, list):
@@ -91,6 +101,8 @@ class Request:
         system = "\n".join(
             _text(message) for message in self._messages() if message.get("role") in ("system", "developer")
         )
+        if self.route.foreign:
+            system = foreign.asked_text(self.route.value, self.body)[1]
         shape = [self.body.get(name) for name in ("tools", "response_format")]
         return (
             self.route.value,
@@ -116,7 +128,7 @@ class Request:
         return _chain(self.model, [*self._messages(), {"role": "assistant", "content": answer}])
 
     def _messages(self) -> list[dict[str, Any]]:
-        messages = self.body.get("messages")
+        messages = self.body.get("messages") if self.chat else None
         return [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
 
 
@@ -147,10 +159,10 @@ def _can_be_written(parsed: dict[str, Any]) -> bool:
     return True
 
 
-def _limit(body: dict[str, Any], chat: bool) -> int | None:
+def _limit(body: dict[str, Any], route: Route) -> int | None:
     """``max_completion_tokens`` goes before ``max_tokens`` in chat and does not exist in completions."""
-    value = body.get("max_completion_tokens") if chat else None
-    value = body.get("max_tokens") if value is None else value
+    value = body.get("max_completion_tokens") if route is Route.CHAT else None
+    value = body.get(foreign.LIMITS.get(route.value, "max_tokens")) if value is None else value
     return value if type(value) is int and value >= 1 else None
 
 

@@ -26,6 +26,7 @@ from typing import Any
 import orjson
 
 from elis_gateway.errors import UpstreamError, UpstreamUnavailable
+from elis_gateway.wire import foreign
 from elis_gateway.wire.dialects import Boundary, Dialect, Lore, Mode
 from elis_gateway.wire.encode import Encoder, blank
 from elis_gateway.wire.ledger import Ledger
@@ -414,6 +415,9 @@ class Reading:
         if self._inquiring:
             self._informed(body)
             return
+        if self.request.route.foreign:
+            self._foreign_document(body)
+            return
         try:
             document = orjson.loads(body)
             choice = document["choices"][0]
@@ -436,6 +440,21 @@ class Reading:
             self._whole = body if self._encoder.name is None else self._encoder.rename(document)
             if self.mode is not Mode.WHOLE and self.request.route not in self._lore.documents:
                 self._lore.documents[self.request.route] = blank(document)
+
+    def _foreign_document(self, body: bytes) -> None:
+        try:
+            document = orjson.loads(body)
+            text, usage = foreign.said(document), foreign.usage(document)
+        except _MALFORMED as error:
+            raise UpstreamUnavailable(f"the upstream sent an unreadable answer: {error}", cause="garbage") from error
+        self.started = self.finished = True
+        self.finish_reason = "stop"
+        self.prompt_tokens = usage.get("input_tokens")
+        self._ledger.add(text, (), usage.get("output_tokens") or 0, b"")
+        self._ledger.commit([], True)
+        self.attained = self._ledger.count
+        alias = self._encoder.name
+        self._whole = orjson.dumps(document) if alias is not None and foreign.rename(document, alias) else body
 
     def _informed(self, body: bytes) -> None:
         ledger = self._ledger

@@ -28,6 +28,8 @@ def split(request: Request) -> list[Request]:
     body = request.body
     n = body.get("n")
     n = 1 if n is None else n
+    if request.route.foreign:
+        return []
     if type(n) is not int or not 1 <= n <= MOST:
         return []
     prompts = _prompts(request)

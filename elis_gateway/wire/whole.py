@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 
 from elis_gateway.errors import UpstreamRefused, UpstreamUnavailable
+from elis_gateway.wire import foreign
 from elis_gateway.wire.encode import Encoder
 from elis_gateway.wire.openai import Request
 from elis_gateway.wire.sse import DONE, encode
@@ -20,11 +21,22 @@ __all__ = ["WholeStream", "reported"]
 class WholeStream:
     """One streamed call, passed through."""
 
-    __slots__ = ("_encoder", "_single", "complete", "count", "error", "finish_reason", "prompt_tokens", "text")
+    __slots__ = (
+        "_encoder",
+        "_foreign",
+        "_single",
+        "complete",
+        "count",
+        "error",
+        "finish_reason",
+        "prompt_tokens",
+        "text",
+    )
 
     def __init__(self, request: Request, encoder: Encoder) -> None:
         self._encoder = encoder
         self._single = _single(request)
+        self._foreign = request.route.foreign
         self.text: list[str] = []
         """Of the first choice."""
         self.count = 0
@@ -44,13 +56,18 @@ class WholeStream:
                 continue
             try:
                 chunk = orjson.loads(payload)
-                self._note(chunk)
+                (self._note_foreign if self._foreign else self._note)(chunk)
             except (orjson.JSONDecodeError, AttributeError, TypeError) as error:
                 self.error = UpstreamUnavailable(f"the upstream sent an unreadable event: {error}", cause="garbage")
                 if not out:
                     raise self.error from error
             if self.error is not None:
                 break
+            if self._foreign:
+                alias = self._encoder.name
+                renamed = alias is not None and foreign.rename(chunk, alias)
+                out.append(foreign.event(chunk, orjson.dumps(chunk) if renamed else payload))
+                continue
             renamed = self._encoder.name is not None and chunk is not None and "model" in chunk
             out.append(encode(self._encoder.rename(chunk) if renamed else payload))
         return b"".join(out)
@@ -75,6 +92,22 @@ class WholeStream:
         if usage:
             self.prompt_tokens = usage.get("prompt_tokens")
             self.count = usage.get("completion_tokens") or self.count
+
+    def _note_foreign(self, chunk: dict[str, Any]) -> None:
+        kind = chunk.get("type")
+        if kind == "error" or "error" in chunk:
+            self.error = reported(chunk if isinstance(chunk.get("error"), dict) else {"error": chunk})
+            return
+        if text := foreign.said(chunk) if kind not in foreign.ENDS else "":
+            self.text.append(text)
+            self.count += 1
+        told = foreign.usage(chunk)
+        self.prompt_tokens = told.get("input_tokens") or self.prompt_tokens
+        if kind in foreign.ENDS or kind == "message_delta":
+            self.count = told.get("output_tokens") or self.count
+        if kind in foreign.ENDS:
+            self.complete = True
+            self.finish_reason = "stop"
 
 
 def _single(request: Request) -> bool:
