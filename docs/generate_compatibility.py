@@ -39,7 +39,7 @@ VALUES: dict[str, Any] = {
 BESIDE: dict[str, dict[str, Any]] = {
     "top_logprobs": {"logprobs": True}, "logprob_token_ids": {"logprobs": True}, "seed": {"temperature": 0},
     "return_tokens_as_token_ids": {"logprobs": True}, "tools": {"tool_choice": "none"},
-    "min_tokens": {"max_tokens": 9},
+    "min_tokens": {"max_tokens": 9}, "stream_options": {"stream": True},
 }  # fmt: skip
 """What a parameter needs beside it to mean something, or to be in the better of its two cases."""
 

@@ -103,6 +103,7 @@ class Answer(Reading):
         self._whole = b""
         self._usage = None
         self._usage_shown = False
+        self._running = None
         self._grow = 0
         """The next call asks for at least so many tokens, because the last one kept none."""
         self._careful = 0

@@ -311,7 +311,7 @@ def _draws(body: Mapping[str, Any], way: Way) -> str | None:
 def _told(body: Mapping[str, Any], chat: bool, way: Way) -> str | None:
     """What is to be told beside the text."""
     options = body.get("stream_options")
-    if options is not None and not isinstance(options, dict):
+    if options is not None and (not isinstance(options, dict) or (options and not body.get("stream"))):
         return "stream_options"
     asked = [name for name in _LOGPROBS if body.get(name) is not None and not _zero(body[name])]
     if chat:

@@ -51,9 +51,10 @@ class Reading:
 
     __slots__ = (
         "_asked", "_careful", "_context", "_dialect", "_echo", "_encoder", "_first", "_foreign", "_inquiring",
-        "_ledger", "_lore", "_opened", "_plain", "_preamble", "_restart", "_retry", "_same", "_seam", "_start",
-        "_stop_ids", "_stream", "_unheard", "_usage", "_usage_shown", "_whole", "attained", "committed", "error",
-        "finish_reason", "finished", "limit", "mode", "over", "prompt_tokens", "request", "started", "stop_reason",
+        "_ledger", "_lore", "_opened", "_plain", "_preamble", "_restart", "_retry", "_running", "_same", "_seam",
+        "_start", "_stop_ids", "_stream", "_unheard", "_usage", "_usage_shown", "_whole", "attained", "committed",
+        "error", "finish_reason", "finished", "limit", "mode", "over", "prompt_tokens", "request", "started",
+        "stop_reason",
     )  # fmt: skip
 
     request: Request
@@ -119,6 +120,8 @@ class Reading:
     """The engine's own document, where it is the answer."""
     _usage: dict[str, Any] | None
     _usage_shown: bool
+    _running: dict[str, Any] | None
+    """The form of running usage on the client's route."""
 
     def feed(self, payloads: list[bytes]) -> bytes:
         """Take the events of one network read; returns what to send to a streaming client now.
@@ -381,7 +384,9 @@ class Reading:
         """Running usage, for clients that want it: of the answer, not of the call."""
         prompt = self.prompt_tokens or 0
         counts = {"prompt_tokens": prompt, "completion_tokens": total, "total_tokens": prompt + total}
-        chunk["usage"] = {**chunk["usage"], **counts}
+        if self._running is None:
+            self._running = dict(chunk["usage"])
+        chunk["usage"] = {**self._running, **counts}
 
     def _aside(self, chunk: dict[str, Any], out: list[bytes]) -> None:
         """An event without choices: usage, or an error inside the stream."""

@@ -32,6 +32,8 @@ def split(request: Request) -> list[Request]:
         return []
     if type(n) is not int or not 1 <= n <= MOST:
         return []
+    if n > 1 and body.get("temperature") == 0:
+        return []  # vLLM refuses equal choices, in its own words; others would make them together
     prompts = _prompts(request)
     if not 1 < len(prompts) * n <= MOST:
         return []

@@ -247,7 +247,8 @@ class FakeEngine:
             "model": self.name,
         }
         continuous = bool(options.get("include_usage")) and bool(options.get("continuous_usage_stats"))
-        running = lambda count: {"usage": self.usage(prompt, count)} if continuous else {}  # noqa: E731
+        details = {"completion_tokens_details": None} if chat else {}
+        running = lambda count: {"usage": self.usage(prompt, count) | details} if continuous else {}  # noqa: E731
         if chat:
             choice = {
                 "index": 0,
@@ -439,5 +440,5 @@ def joined(data: bytes, request: Request) -> dict[str, Any]:
             if choice["logprobs"]:
                 lists = choice["logprobs"]
                 result["logprobs"] += lists["content"] if "content" in lists else zip(*lists.values(), strict=True)
-            result["keys"].add((*chunk, "|", *choice))
+            result["keys"].add((*chunk, "|", *choice, "|", *sorted(chunk.get("usage") or ())))
     return result

@@ -81,7 +81,7 @@ def test_no_body_breaks_the_parser(route: Route, body: dict[str, Any]) -> None:
         request = parse(route, orjson.dumps(body))
     except ClientError:
         return
-    for way in Way:
+    for way in Way if not route.foreign else ():
         why = unsliceable(request.body, request.chat, way)
         if why is None:  # then it can be continued
             assert Answer(request, Mode.IDS).call(5, model="m").body

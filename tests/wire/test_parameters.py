@@ -96,6 +96,8 @@ def test_parameters_whose_meaning_a_seam_would_change(reason: str, body: dict[st
 
 def test_parameters_of_one_route() -> None:
     assert chat(logprobs=False, top_logprobs=0, tools=[], tool_choice="none") is None
+    assert chat(stream_options={"include_usage": True}) == "stream_options"
+    assert chat(stream_options={"include_usage": True}, stream=True) is None
     assert chat(tools=[{"type": "function"}]) == "tools"
     assert chat(tools=[{"type": "function"}], tool_choice="none") is None
     assert chat(tool_choice="auto") == "tool_choice"
