@@ -224,7 +224,11 @@ class Fleet:
             known = [m.upstream.capabilities for m in self._members.values() if m.health.known]
             serving = [c for c in known if model in c.models]
             # One that stumbled when it was asked says nothing about itself, let alone about the others.
-            merged = self._by_model[model] = _least([c for c in serving if c.settled] or serving, model)
+            settled = [c for c in serving if c.settled]
+            merged = _least(settled or serving, model)
+            if serving and not settled:
+                merged = merged._replace(ids=True, settled=False)
+            self._by_model[model] = merged
             if len(self._by_model) > 1024:
                 self._by_model.clear()
         return merged
@@ -310,14 +314,15 @@ def _as_before(found: Capabilities, before: Capabilities) -> Capabilities:
 
     Taken for a no, one bad moment of one engine would let every answer of its model go unsliced, on all of them.
     """
-    if before.kind != found.kind or not before.models & found.models:
+    if not before.models & found.models or ("other" not in (found.kind, before.kind) and found.kind != before.kind):
         return found
-    return found._replace(ids=before.ids, orders=before.orders)
+    kind = before.kind if found.kind == "other" else found.kind
+    return found._replace(ids=before.ids, orders=before.orders, kind=kind)
 
 
 def _least(able: list[Capabilities], model: str) -> Capabilities:
     if not able:
-        # Nothing is known yet. Assume the best: a call that is refused for it is repeated unsliced.
+        # Nothing is known. Assume the best: a call that is refused for it is repeated unsliced.
         return Capabilities(ids=True)
     contexts = [c.context[model] for c in able if model in c.context]
     return Capabilities(

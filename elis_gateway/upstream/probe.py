@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from elis_gateway.errors import UpstreamError
+from elis_gateway.errors import UpstreamError, UpstreamUnavailable
 from elis_gateway.upstream.base import Capabilities
 from elis_gateway.upstream.http import HttpSession, HttpUpstream
 from elis_gateway.wire.continuation import Call
@@ -135,12 +135,16 @@ async def _complete(upstream: HttpUpstream, model: str, prompt: str | list[Any],
 async def _ask(upstream: HttpUpstream, call: Call) -> Any:
     try:
         async with asyncio.timeout(_PATIENCE), upstream.open(call, request_id="probe") as session:
-            return _json(await session.whole())
+            answer = _json(await session.whole())
     except UpstreamError as error:
         if error.retryable:
             raise
         _log.debug("upstream %s: probe for token ids: %s", upstream.id, error)
         return None
+    if not _list(answer, "choices"):
+        # Not an answer without ids but no answer: taken for a no, one bad moment would unslice a model for long.
+        raise UpstreamUnavailable(f"{upstream.id}: the probe's answer cannot be read", cause="garbage")
+    return answer
 
 
 def _ids(answer: Any) -> tuple[list[int], list[int]]:

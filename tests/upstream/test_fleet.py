@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
+
+import pytest
 
 from elis_gateway.config import Health, Upstream
 from elis_gateway.sim.faults import Fault
@@ -23,14 +26,19 @@ async def test_an_upstream_that_stumbles_when_it_is_asked_does_not_unslice_its_m
         assert fleet.capabilities("sim").ids
 
 
-async def test_what_only_a_stumbling_upstream_says_counts_where_nobody_else_says_anything() -> None:
+@pytest.mark.parametrize("kind", ["garbage", "close", "end", "error_event", "reset", "status"])
+async def test_no_answer_to_the_question_is_not_a_no(kind: Any) -> None:
+    """Whatever goes wrong while the only upstream is asked: the best is assumed until it has said something."""
     async with world(AT_ONCE) as w:
-        w.engine.faults.add(Fault("status", status=500, times=None, path=COMPLETIONS))
-        settings = Upstream.model_validate({"url": w.engine.url, "slots": 1})
+        w.engine.faults.add(Fault(kind, times=None, path=COMPLETIONS))
+        settings = Upstream.model_validate({"url": w.engine.url, "slots": 1, "health": {"interval": 0.02}})
         fleet = Fleet([settings], lambda info: None)
         await fleet.start()
-        assert not fleet.capabilities("sim").ids
-        assert not fleet.capabilities("sim").settled or fleet.models == {"sim": 2048}
+        await until(lambda: bool(fleet.models))
+        assert fleet.capabilities("sim").ids
+        w.engine.faults.rules.clear()
+        upstream = next(iter(fleet.upstreams.values()))
+        await until(lambda: upstream.capabilities.settled and upstream.capabilities.ids)
         await fleet.close()
 
 
