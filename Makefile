@@ -10,7 +10,7 @@ LOG := $(VENV)/install.log
 PROMPTS ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format test test-engine test-engine-full demo clean
+.PHONY: help setup lint audit format test test-engine test-engine-full demo clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -27,10 +27,17 @@ $(STAMP): pyproject.toml
 		|| { tail -n 30 $(LOG); echo "installation failed; all of it: $(LOG)"; exit 1; }
 	@touch $@
 
-lint: $(STAMP) ## ruff (rules and format) and mypy --strict
+lint: $(STAMP) ## ruff (rules and format), mypy --strict, bandit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/bandit -q -c pyproject.toml -r elis_gateway loadtest onnx_export
+
+# Asks the package index for every installed distribution; where it cannot be reached, that is said and is no failure.
+audit: $(STAMP) ## known vulnerabilities of what is installed
+	@$(BIN)/pip-audit --skip-editable --progress-spinner off >$(VENV)/audit.log 2>&1; status=$$?; cat $(VENV)/audit.log; \
+		if test $$status -ne 0 && grep -qiE 'connection|timed? ?out|resolve|ServiceError' $(VENV)/audit.log; then \
+		echo 'SKIPPED: the vulnerability database cannot be reached from here'; else exit $$status; fi
 
 format: $(STAMP) ## let ruff repair what it can
 	$(BIN)/ruff check --fix-only --quiet .

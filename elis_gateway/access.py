@@ -27,6 +27,10 @@ CREDENTIALS = ("Authorization", "api-key", "x-api-key")
 """Request headers in which a client may say who it is."""
 
 _PREFIX = "elis-"
+_CLASS = 2**40
+"""Rounds between two classes: more than there will ever be."""
+_FIRST_GUESS = 250.0
+"""Tokens of an answer, until some have been seen."""
 _SHORTEST = 20
 """Characters below which a key is no secret, whoever made it."""
 
@@ -100,6 +104,8 @@ class Grant:
         self.requests = 0
         self.tokens = 0
         self.refused = 0
+        self.tag = 0.0
+        """Virtual time at which all it has asked for would be served, had it exactly its share."""
         self._requests: _Bucket | None = None
         self._tokens: _Bucket | None = None
         self.change(settings, limits, now)
@@ -151,7 +157,15 @@ class Door(Observer):
         classes: Mapping[str, int],
         clock: Callable[[], float],
         patience: Callable[[str], float],
+        *,
+        fair_round: int | None = None,
     ) -> None:
+        self._round = fair_round
+        """Tokens each key has in a round of fair sharing; None: no fair sharing."""
+        self._now_served = 0.0
+        """Virtual time: where in the sequence of rounds we are."""
+        self._usual = _FIRST_GUESS
+        """Tokens of an answer on average."""
         self._clock = clock
         self._patience = patience
         self._grants: dict[str, Grant] = {}
@@ -212,6 +226,34 @@ class Door(Observer):
         if best is not None and self._ranks.get(class_name, 0) < self._ranks.get(best, 0):
             raise Forbidden(f"this key may not ask for the class {class_name!r}, only up to {best!r}", "X-Elis-Class")
 
+    # --- fair shares ---------------------------------------------------------------------------------------------
+
+    def rank(self, grant: Grant | None, rank: int) -> int:
+        """The rank of a job of this class. With fair sharing classes are divided into rounds.
+
+        That is start-time fair queueing (Goyal, Vin and Cheng, 1996) in coarse steps: in every round each key has room
+        for so many tokens, times its weight; who asks for more gets into later rounds, and who comes late begins with
+        the round that is being served. Within a round the policy decides.
+        """
+        if self._round is None:
+            return rank
+        start = self._now_served
+        if grant is not None:
+            start = max(grant.tag, start)
+            grant.tag = start + self._usual / grant.settings.weight
+        return rank * _CLASS + int(start / self._round)
+
+    def slice_began(self, flight: Flight, upstream: str) -> None:
+        """Somebody is served: nobody can begin in an earlier round any more."""
+        if self._round is not None:
+            self._now_served = max(self._now_served, float(flight.spec.rank % _CLASS) * self._round)
+
+    def _settle(self, grant: Grant, tokens: int) -> None:
+        """What was reckoned for a job was an average: its key pays, or gets back, the difference."""
+        if self._round is not None:
+            grant.tag += (tokens - self._usual) / grant.settings.weight
+            self._usual += 0.02 * (tokens - self._usual)
+
     def enter(self, flight: Flight, grant: Grant | None) -> None:
         """Let a job in, or raise ``Overloaded``. Once it is in, it leaves by ``finished`` or ``leave``."""
         spec = flight.spec
@@ -246,6 +288,7 @@ class Door(Observer):
         if grant is not None:
             grant.live -= 1
             grant.add(flight.answer.attained)
+            self._settle(grant, flight.answer.attained)
 
     def finished(self, flight: Flight) -> None:
         """A job is over."""

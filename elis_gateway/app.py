@@ -104,7 +104,14 @@ class Gateway:
         self._lag = LagMeter(self.metrics.lagged)
         self._traffic_log = self._make_traffic_log()
         self._keys = config_module.keys(config)
-        self.door = Door(self._keys, config.limits, scheduler.classes, self._loop.time, self.patience)
+        self.door = Door(
+            self._keys,
+            config.limits,
+            scheduler.classes,
+            self._loop.time,
+            self.patience,
+            fair_round=scheduler.fair_round if scheduler.fair else None,
+        )
         self._tracer = self._make_tracer()
         self._intake = Intake(
             self.fleet,
@@ -480,6 +487,10 @@ class Gateway:
         """Use another upstream from now on, until a reload says otherwise. Raises ``ConfigError``."""
         settings = build.parse_upstream(wanted)
         async with self._changing:
+            try:
+                self.config.check_fairness(settings)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
             if settings.name in self._wanted:
                 raise ConfigError(f"there is an upstream {settings.name} already")
             await self._change_upstreams({**self._wanted, settings.name: settings})

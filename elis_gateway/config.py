@@ -67,7 +67,7 @@ class ServerTLS(Section):
 class Server(Section):
     """The public listener, which speaks the OpenAI API."""
 
-    host: str = "0.0.0.0"
+    host: str = "0.0.0.0"  # nosec B104 - a server's public listener is meant to be reached
     """Address to listen on."""
     port: Port = 8080
     """Port to listen on; 0 picks a free one and logs it."""
@@ -363,6 +363,11 @@ class Scheduler(Section):
     above the policy."""
     default_class: Name = "default"
     """The class of a request that names none."""
+    fair: bool = False
+    """Share fairly between keys, above the policy and below the classes: in every round each key has room for
+    `fair_round` tokens times its `weight`, and the policy orders within the round. Not together with overcommit."""
+    fair_round: Tokens = 2000
+    """Tokens of answers a key has in a round. Smaller: fairer sooner; larger: more for the policy to order."""
     queue: Queue = Queue()
     retries: Annotated[int, Field(ge=0)] = 3
     """Interrupted calls in a row without a token of progress before a job fails."""
@@ -374,6 +379,8 @@ class Scheduler(Section):
     def _default_class_exists(self) -> Scheduler:
         if self.default_class not in self.classes:
             raise ValueError(f"expected default_class to be one of the classes ({', '.join(self.classes)})")
+        if self.fair and self.overcommit:
+            raise ValueError("expected fair or overcommit, not both: an engine's own queue knows no rounds")
         return self
 
 
@@ -620,9 +627,19 @@ class Config(Section):
     @validates_all(mode="after")
     def _classes_exist(self) -> Config:
         self.check_keys(self.auth.keys)
+        for upstream in self.upstreams:
+            self.check_fairness(upstream)
         if unknown := sorted(set(self.limits.classes) - set(self.scheduler.classes)):
             raise ValueError(f"limits.classes: expected classes of scheduler.classes; unknown: {', '.join(unknown)}")
         return self
+
+    def check_fairness(self, upstream: Upstream) -> None:
+        """Does this upstream go with fair sharing? Raises ValueError."""
+        if self.scheduler.fair and (upstream.overcommit or upstream.engine_priority == "on"):
+            raise ValueError(
+                f"upstreams: {upstream.name}: expected no overcommit and no engine_priority with scheduler.fair: "
+                "an engine's own queue knows no rounds"
+            )
 
     def check_keys(self, keys: Iterable[ApiKey]) -> None:
         """Do the classes exist that these keys name? Raises ValueError."""

@@ -66,6 +66,15 @@ def test_one_upstream_is_enough() -> None:
             "upstreams[0].url: expected no user or password in the URL; put the key into an environment variable and "
             "name that in api_key_env",
         ),
+        (
+            {"scheduler": {"fair": True}, "upstreams": [{**UPSTREAM, "overcommit": 2}]},
+            "upstreams: engine:8000: expected no overcommit and no engine_priority with scheduler.fair: "
+            "an engine's own queue knows no rounds",
+        ),
+        (
+            {"limits": {"classes": {"gold": 1}}},
+            "limits.classes: expected classes of scheduler.classes; unknown: gold",
+        ),
         ({"scheduler": {"mode": "elast"}}, "scheduler.mode: expected 'fixed' or 'elastic', got 'elast'"),
         ({"scheduler": {"default_class": "x"}}, "scheduler: expected default_class to be one of the classes (default)"),
         ({"server": {"port": 99999}}, "server.port: expected less than or equal to 65535, got 99999"),

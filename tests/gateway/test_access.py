@@ -14,11 +14,12 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from elis_gateway.access import hashed, new_key
+from elis_gateway.access import Door, hashed, new_key
 from elis_gateway.cli import cli
-from elis_gateway.config import from_mapping
+from elis_gateway.config import ApiKey, Limits, from_mapping
 from elis_gateway.errors import ClientError
 from elis_gateway.sim.server import ServerConfig
+from elis_gateway.tasks import spawn
 from tests.gateway.world import AT_ONCE, CHAT, COMPLETIONS, World, paced, read_until, until, world
 
 BODY: dict[str, Any] = {"model": "sim", "prompt": "a", "max_tokens": 5, "ignore_eos": True}
@@ -160,6 +161,45 @@ async def test_requests_at_once_per_key_and_per_class() -> None:
         await until(lambda: not w.gateway.flights)
         await until(lambda: all(key["live"] == 0 for key in w.gateway.client_keys()))
         assert (await status(w, **bearer(KEY)))[0] == 200
+
+
+async def test_fair_shares_between_keys() -> None:
+    """One key floods, another comes with a little: it is served in the round that runs, not behind the flood."""
+    scheduler = {"policy": "fcfs", "fair": True, "fair_round": 100}
+    finished: list[str] = []
+    async with world(paced(500, slots=1), slots=1, scheduler=scheduler, auth=auth()) as w:
+
+        async def ask(name: str, key: str) -> None:
+            await w.check(COMPLETIONS, {**BODY, "max_tokens": 60}, **bearer(key))
+            finished.append(name)
+
+        flood = [spawn(ask("flood", KEY), name="flood") for _ in range(12)]
+        await until(lambda: len(w.gateway.flights) == 12)
+        late = [spawn(ask("late", OTHER), name="late") for _ in range(2)]
+        await asyncio.gather(*flood, *late)
+        assert "late" in finished[:3]
+        assert finished.count("flood") == 12
+        assert finished.index("late") < 3
+        assert max(n for n, name in enumerate(finished) if name == "late") <= 6
+
+
+@pytest.mark.parametrize(("weight", "expected"), [(1.0, 0.5), (3.0, 0.75)])
+def test_shares_follow_the_weights(weight: float, expected: float) -> None:
+    """Two keys with endless work: of the jobs served first, each has its share."""
+    keys = [
+        ApiKey(name="a", hash=hashed(KEY), weight=weight),
+        ApiKey(name="b", hash=hashed(OTHER)),
+    ]
+    door = Door(keys, Limits(), {"default": 0}, lambda: 0.0, lambda model: 1.0, fair_round=100)
+    grants = {name: door.who(bearer(key)) for name, key in (("a", KEY), ("b", OTHER))}
+    jobs = sorted((door.rank(grants[name], 0), n, name) for n, name in enumerate("ab" * 200))
+    served = [name for _, _, name in jobs[:200]]
+    assert served.count("a") / 200 == pytest.approx(expected, abs=0.05)
+
+
+def test_without_fair_sharing_a_rank_is_the_class_s() -> None:
+    door = Door([], Limits(), {"default": 0}, lambda: 0.0, lambda model: 1.0)
+    assert [door.rank(None, rank) for rank in (0, 3)] == [0, 3]
 
 
 async def test_keys_of_a_file_are_read_again(tmp_path: Path) -> None:
