@@ -47,7 +47,11 @@ _VERSION = 1
 Vector = npt.NDArray[np.float64]
 
 _CLIP = 2.0
-"""Log ratio beyond which a surprise counts as one of this size."""
+"""Log ratio beyond which a surprise counts as one of this size, and beyond which no line is followed."""
+_SEEN = 3.0
+"""Standard deviations from the mean, as a level has seen them, within which it takes an input seriously."""
+_RARE = 0.05
+"""Least variance that a counter is taken to have: one that was hardly ever anything but zero must not say much."""
 _ROWS = 16
 """Moments of one job that teach, at most."""
 _FIXED = 5
@@ -65,10 +69,10 @@ _ANCHOR = log(200.0)
 _TRUST = 0.6
 """Believed weight of the shipped prediction against the anchor before anything was seen."""
 _PENALTY_FIXED = (1.0, 10.0, 10.0, 10.0, 10.0)
-_PENALTY_FEATURES = 300.0
-_PENALTY_REDUCED = 1000.0
+_PENALTY_FEATURES = 200.0
+_PENALTY_REDUCED = 600.0
 """Rows at which data and belief weigh the same, for an input of variance 1. Chosen on validation prompts."""
-_STEPS = (2.0, 10.0, 10.0)
+_STEPS = (2.0, 10.0, 3.0)
 """Penalties of all, model and application relative to these: levels below lean on what has seen the same answers."""
 
 
@@ -155,7 +159,7 @@ class Learner:
         inputs = self._vector(sight, anchor)
         kind = _kind(sight)
         spread = level.spreads[kind]
-        ratio = spread.place(float(inputs @ level.coefficients))
+        ratio = spread.place(level.line(inputs))
         scale = exp(min(max(anchor + ratio, 0.0), 13.0))
         made = Prediction(*spread(scale, sight.allowed), scale, sight.attained, anchor, inputs, kind)
         if sight.first is None or not sight.attained:
@@ -315,8 +319,8 @@ class _Level:
     """What is known of all, of a model or of an application: a line and its spreads."""
 
     __slots__ = (
-        "coefficients", "count", "depth", "due", "moments", "parent", "seen", "spreads", "to_all", "to_model",
-        "with_target",
+        "coefficients", "count", "depth", "due", "high", "low", "moments", "parent", "seen", "spreads", "to_all",
+        "to_model", "with_target",
     )  # fmt: skip
 
     def __init__(self, parent: _Level | None, inputs: int, depth: int) -> None:
@@ -334,10 +338,17 @@ class _Level:
             self.coefficients[2] = _TRUST
         else:
             self.coefficients = parent.coefficients
+        self.low: Vector = np.full(inputs, -np.inf) if parent is None else parent.low
+        self.high: Vector = np.full(inputs, np.inf) if parent is None else parent.high
         self.spreads: list[_Spread] = [
             _Spread(None if parent is None else parent.spreads[kind]) for kind in range(_KINDS)
         ]
         self.to_all, self.to_model = Share(), Share()
+
+    def line(self, inputs: Vector) -> float:
+        """Log of (what remains / anchor), within bounds."""
+        seen = np.minimum(np.maximum(inputs, self.low), self.high)
+        return min(max(float(seen @ self.coefficients), -_CLIP), _CLIP)
 
     @property
     def stale(self) -> bool:
@@ -349,11 +360,12 @@ class _Level:
         self.moments *= decay
         self.with_target *= decay
         inputs = np.stack([each.inputs for each in made])
-        lines = inputs @ self.coefficients
+        lines = [self.line(each.inputs) for each in made]
         targets = np.empty(len(made))
-        weights = np.full(len(made), weight)
+        # Moments of one answer are not independent of each other.
+        weights = np.full(len(made), weight / sqrt(len(made)))
         for i, each in enumerate(made):
-            line, spread = float(lines[i]), self.spreads[each.kind]
+            line, spread = lines[i], self.spreads[each.kind]
             true = log(max(tokens - each.attained, 0.5)) - each.anchor
             off = true - spread.place(line)
             if not complete:
@@ -363,9 +375,9 @@ class _Level:
                 bound, off = off, expected
             else:
                 bound = off
-            spread.learn(bound, complete, weight, decay)
+            spread.learn(bound, complete, weight)
             true = spread.place(line) + min(max(off, -_CLIP), _CLIP)
-            spread.compare(line, true, float(weights[i]), decay)
+            spread.compare(line, true, float(weights[i]))
             targets[i] = true
         weighted = inputs * weights[:, None]
         self.moments += weighted.T @ inputs
@@ -408,12 +420,17 @@ class _Level:
         if total <= 0.0:
             return
         believed = self.parent.coefficients if self.parent is not None else _first(len(penalty))
-        variance = self.moments.diagonal() / total - (self.moments[0] / total) ** 2
+        mean = self.moments[0] / total
+        variance = np.maximum(self.moments.diagonal() / total - mean**2, 0.0)
+        reach = _SEEN * np.sqrt(variance)
+        reach[:_FIXED] = np.inf
+        self.low, self.high = mean - reach, mean + reach
         variance[:_FIXED] = 1.0
+        counters = len(variance) - reduced
+        variance[_FIXED:counters] = np.maximum(variance[_FIXED:counters], _RARE)
         if reduced:
-            variance[-reduced:] = variance[-reduced:].mean()
-        # An input that never varied has nothing to say; the floor keeps its coefficient where it was.
-        lean = penalty * np.maximum(variance, 1e-5) * _STEPS[self.depth]
+            variance[counters:] = max(variance[counters:].mean(), 1e-5)
+        lean = penalty * variance * _STEPS[self.depth]
         left = self.moments.copy()
         left.flat[:: len(left) + 1] += lean
         self.coefficients = np.linalg.solve(left, self.with_target + lean * believed)
@@ -434,6 +451,8 @@ _RATIOS = np.exp(np.linspace(_LOW, _HIGH, _BINS + 1))
 """Bin i holds the ratios from _RATIOS[i] to _RATIOS[i + 1]; what lies outside counts in the bins at the ends."""
 _STRENGTH = 8.0
 """Answers that what is known at the level above counts as."""
+_KEEP = 1.0 - 1.0 / 300.0
+"""How a surprise fades with every further one: the line gets better, how wrong it was at first is of no interest."""
 _SLOPE_STRENGTH, _SLOPE_VARIANCE = 30.0, 0.15
 """The same for slope and shift of the line, and the variance of what it says that goes with it."""
 
@@ -476,8 +495,8 @@ class _Spread:
         self.current()
         return self.shift + self.slope * line
 
-    def compare(self, line: float, true: float, weight: float, decay: float) -> None:
-        self.sums *= decay
+    def compare(self, line: float, true: float, weight: float) -> None:
+        self.sums *= _KEEP
         self.sums += weight * np.array((1.0, line, true, line * line, line * true))
 
     def _calibrate(self) -> None:
@@ -493,9 +512,9 @@ class _Spread:
         else:
             self.slope, self.shift = slope, shift
 
-    def learn(self, off: float, complete: bool, weight: float, decay: float) -> None:
-        self.ended *= decay
-        self.lasted *= decay
+    def learn(self, off: float, complete: bool, weight: float) -> None:
+        self.ended *= _KEEP
+        self.lasted *= _KEEP
         counts = self.ended if complete else self.lasted
         counts[min(max(int((off - _LOW) / _STEP), 0), _BINS - 1)] += weight
         self.changes += 1

@@ -189,6 +189,32 @@ def test_a_line_that_says_too_much_is_followed_by_half() -> None:
     assert max(said) / min(said) < 4
 
 
+def test_an_input_beyond_what_was_seen_says_no_more_than_the_largest_seen() -> None:
+    rng = np.random.default_rng(1)
+    learner = Learner(2, 0)
+    for _ in range(100):
+        wanted = float(rng.normal())
+        tokens = round(200 * np.exp(0.5 * wanted))
+        learner.learn(
+            "m", "a", [learner.predict("m", "a", Sight(0, None, None, (wanted, 0.0)))], max(tokens, 1), complete=True
+        )
+    usual, absurd = (learner.predict("m", "a", Sight(0, None, None, (x, 9.0))).mean for x in (3.5, 1000.0))
+    assert absurd == pytest.approx(usual, rel=0.2)
+
+
+def test_one_answer_with_a_rare_word_decides_nothing() -> None:
+    """A counter that is zero but for one absurdly short answer, asked about when it is not zero."""
+    learner = Learner(2, 0)
+    rng = np.random.default_rng(1)
+    for number in range(100):
+        rare = float(number == 50)
+        sight = Sight(0, None, None, (7.0 * rare, 0.0))
+        tokens = 2 if rare else int(rng.integers(100, 500))
+        learner.learn("m", "a", [learner.predict("m", "a", sight)], tokens, complete=True)
+    with_it, without = (learner.predict("m", "a", Sight(0, None, None, (x, 0.0))).mean for x in (7.0, 0.0))
+    assert with_it > 0.5 * without
+
+
 def test_memory_is_bounded() -> None:
     learner = Learner(FEATURES, 2, max_apps=5)
     for number in range(50):
