@@ -56,8 +56,23 @@ def where() -> tuple[list[Cell], Callable[[Rows], None]]:
             for name, cell in places
         ]
         print(table(["mean JCT over first come's", "first come waits, s", *(name for name, _, _ in asked)], body))
+        _picture(rows)
 
     return cells, show
+
+
+def _picture(rows: Rows) -> None:
+    """The README's, where its rows are there."""
+    loads = (0.5, 0.7, 0.85, 0.95, 1.05)
+    lines = {
+        "every length known, ISRTF without aging": Cell(setting=PURE, knows=PERFECT),
+        "lengths guessed, off by e^±0.6: the default": Cell(setting=DEFAULT, knows=GUESS),
+    }
+    points = {name: [(x, ratios(rows, replace(cell, load=x))) for x in loads] for name, cell in lines.items()}
+    if all(ratio is not None for found in points.values() for _, ratio in found):
+        from benchmarks.studies.picture import draw
+
+        print(f"\ndrawn: {draw(points)}")
 
 
 def wait(rows: Rows, cell: Cell) -> str | None:
