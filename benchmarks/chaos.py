@@ -28,7 +28,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -100,6 +100,7 @@ class Troubles:
         """Mean seconds between two accidents."""
         self._longest = longest
         """Seconds that an accident may last."""
+        self._accidents: set[asyncio.Task[None]] = set()
         self._healing: set[asyncio.Task[None]] = set()
         self._kinds: list[Callable[[int], Coroutine[Any, Any, None]]] = [
             self._kill,
@@ -116,15 +117,19 @@ class Troubles:
                 await asyncio.sleep(self._random.expovariate(1.0 / self._pace))
                 which = self._random.randrange(len(self._engines))
                 # Not waited for: a kill takes as long as its engine takes to be gone, and the next accident does not.
-                self._keep(spawn(self._random.choice(self._kinds)(which), name="accident"))
+                accident = spawn(self._random.choice(self._kinds)(which), name="accident")
+                self._accidents.add(accident)
+                accident.add_done_callback(self._accidents.discard)
         finally:
             await self.heal()
 
     async def heal(self) -> None:
         """Everything as it should be."""
+        while self._accidents:
+            await asyncio.wait(self._accidents)
+        for task in self._healing:
+            task.cancel()
         while self._healing:
-            for task in list(self._healing):
-                task.cancel()
             await asyncio.wait(self._healing)
         for engine, proxy in zip(self._engines, self._proxies, strict=True):
             engine.faults.rules.clear()
@@ -140,9 +145,7 @@ class Troubles:
             finally:
                 await mend()
 
-        self._keep(spawn(after(), name=f"mend {name}"))
-
-    def _keep(self, task: asyncio.Task[None]) -> None:
+        task = spawn(after(), name=f"mend {name}")
         self._healing.add(task)
         task.add_done_callback(self._healing.discard)
 
@@ -508,8 +511,10 @@ async def _left_over(gateway: Process, session: aiohttp.ClientSession) -> list[d
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:
+    """Cancel it; what it raises in ending is raised."""
     task.cancel()
-    await asyncio.wait([task])
+    with suppress(asyncio.CancelledError):
+        await task
 
 
 def _end(gateway: Process) -> None:
@@ -531,6 +536,8 @@ def failures(result: dict[str, Any]) -> list[str]:
         found.append(f"open files grow: {[left['files'] for left in rounds]}")
     if last["rss_kib"] > first["rss_kib"] * 1.1:
         found.append(f"memory grows: {first['rss_kib']} to {last['rss_kib']} KiB")
+    if last["slots"] != ENGINES * SLOTS - 2:  # the reload took two of the first
+        found.append(f"slots are missing: {last['slots']} of {ENGINES * SLOTS - 2}")
     if result["bugs_in_the_log"]:
         found.append(f"{result['bugs_in_the_log']} tracebacks in the gateway's log")
     return found
