@@ -273,6 +273,8 @@ class Door(Observer):
         if grant is not None:
             self._charge(grant, spec.prompt_tokens, spec.model)
             grant.live += 1
+        if self._round is not None:
+            flight.spec = spec._replace(rank=self.rank(grant, spec.rank))
         self._classes[flight.class_name] = live + 1
         self._inside[spec.id] = grant
         self._bytes += size

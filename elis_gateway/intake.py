@@ -104,7 +104,7 @@ class Intake(Observer):
             prompt=request.prompt_text if self._reads_text else "",
             prompt_tokens=size // 4,
             limit=answer.limit,
-            rank=self._door.rank(grant, rank),
+            rank=rank,
             deadline=self._deadline(headers.get("X-Elis-Deadline")),
             sliceable=answer.mode is not Mode.WHOLE,
             conversation=conversation or (job_id if request.chat else None),
