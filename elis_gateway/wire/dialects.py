@@ -202,6 +202,8 @@ class ById:
         ids = choice.get("token_ids") or ()
         if not self.prompt_ids or (text and not ids):
             return None
+        if not all(type(token) is int for token in ids):
+            raise TypeError("token ids that are no integers")
         return ids, len(ids)
 
     def boundary(self, text: str, tokens: Sequence[int | str], fresh: bool) -> Boundary:

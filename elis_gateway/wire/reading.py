@@ -33,7 +33,7 @@ from elis_gateway.wire.ledger import Ledger
 from elis_gateway.wire.openai import Request
 from elis_gateway.wire.sse import DONE
 from elis_gateway.wire.stops import Pushed
-from elis_gateway.wire.whole import WholeStream, reported
+from elis_gateway.wire.whole import WholeStream, number, reported
 
 __all__ = ["Reading"]
 
@@ -176,7 +176,7 @@ class Reading:
                 and (ids := choice.get("token_ids"))
                 and len(ids) == 1
                 and choice["finish_reason"] is None
-                and text[-1] != "\ufffd"
+                and not text.endswith("\ufffd")
                 and "usage" not in chunk
                 and (clear is None or clear(text))
             ):  # one token with its text: nearly all of them
@@ -202,6 +202,8 @@ class Reading:
         """Any delta that is not plain: the first, several tokens, no text, an end, or with stop strings about."""
         finish: str | None = choice.get("finish_reason")
         reason = choice.get("stop_reason")
+        if not isinstance(text, str) or not (finish is None or isinstance(finish, str)):
+            raise TypeError("a text that is none")
         if not self._opened:
             self._opened = True
             self._encoder.open(chunk)
@@ -454,8 +456,8 @@ class Reading:
             raise UpstreamUnavailable(f"the upstream sent an unreadable answer: {error}", cause="garbage") from error
         self.started = self.finished = True
         self.finish_reason = "stop"
-        self.prompt_tokens = usage.get("input_tokens")
-        self._ledger.add(text, (), usage.get("output_tokens") or 0, b"")
+        self.prompt_tokens = number(usage.get("input_tokens"))
+        self._ledger.add(text, (), number(usage.get("output_tokens")) or 0, b"")
         self._ledger.commit([], True)
         self.attained = self._ledger.count
         alias = self._encoder.name

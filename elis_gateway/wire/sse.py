@@ -25,12 +25,16 @@ class EventDecoder:
     cause ``garbage``. An event cut off by the end of the stream is never given out, as the standard says.
     """
 
-    __slots__ = ("_buffer", "_data", "_limit", "_skip_newline", "_started")
+    __slots__ = ("_buffer", "_data", "_held", "_limit", "_size", "_skip_newline", "_started")
 
     def __init__(self, limit: int = 8 << 20) -> None:
         self._limit = limit
         self._buffer = b""
-        """Bytes after the last complete line."""
+        """Bytes after the last complete line, but for those in ``_held``."""
+        self._held: list[bytes] = []
+        """What followed them piece by piece, without a line's end: joined once, however many pieces there are."""
+        self._size = 0
+        """Bytes of the unfinished event that are kept."""
         self._data: list[bytes] = []
         """Data lines of the event under way."""
         self._skip_newline = False
@@ -39,7 +43,7 @@ class EventDecoder:
 
     def feed(self, data: bytes) -> list[bytes]:
         """Payloads completed by these bytes, in order; lines of one event are joined by a newline."""
-        if not self._buffer and not self._data and data.startswith(_PREFIX) and data.endswith(b"\n\n"):
+        if not self._size and data.startswith(_PREFIX) and data.endswith(b"\n\n"):
             # What every server sends: whole events of one data line each, no carriage returns. JSON escapes its
             # newlines, so a blank line can only be a separator; anything else goes the long way round.
             payloads = data[6:-2].split(_SEPARATOR)
@@ -50,6 +54,18 @@ class EventDecoder:
         return self._lines(data)
 
     def _lines(self, data: bytes) -> list[bytes]:
+        self._size += len(data)
+        if self._size > self._limit:
+            raise UpstreamUnavailable("an event of the upstream's stream is too long", cause="garbage")
+        if self._started and b"\n" not in data and b"\r" not in data:
+            if data:
+                self._skip_newline = False
+                self._held.append(data)
+            return []
+        if self._held:
+            data = b"".join((*self._held, data))
+            self._held.clear()
+            self._skip_newline = False
         if self._skip_newline and data.startswith(b"\n"):
             data = data[1:]
         if data:
@@ -73,8 +89,8 @@ class EventDecoder:
                 self._data.append(line[6:] if line.startswith(_PREFIX) else line[5:])
             elif line == b"data":
                 self._data.append(b"")
-        if len(self._buffer) + sum(map(len, self._data)) > self._limit:
-            raise UpstreamUnavailable("an event of the upstream's stream is too long", cause="garbage")
+        if payloads or not self._data:
+            self._size = len(self._buffer) + sum(map(len, self._data))
         return payloads
 
 

@@ -15,7 +15,7 @@ from elis_gateway.wire.encode import Encoder
 from elis_gateway.wire.openai import Request
 from elis_gateway.wire.sse import DONE, encode
 
-__all__ = ["WholeStream", "reported"]
+__all__ = ["WholeStream", "number", "reported"]
 
 
 class WholeStream:
@@ -82,7 +82,7 @@ class WholeStream:
             if choice.get("index"):
                 continue
             text = choice.get("text") or (choice.get("delta") or {}).get("content")
-            if text:
+            if text and isinstance(text, str):
                 self.text.append(text)
                 self.count += 1
             if choice.get("finish_reason"):
@@ -90,8 +90,8 @@ class WholeStream:
                 self.complete = self.complete or self._single
         usage = chunk.get("usage")
         if usage:
-            self.prompt_tokens = usage.get("prompt_tokens")
-            self.count = usage.get("completion_tokens") or self.count
+            self.prompt_tokens = number(usage.get("prompt_tokens"))
+            self.count = number(usage.get("completion_tokens")) or self.count
 
     def _note_foreign(self, chunk: dict[str, Any]) -> None:
         kind = chunk.get("type")
@@ -102,9 +102,9 @@ class WholeStream:
             self.text.append(text)
             self.count += 1
         told = foreign.usage(chunk)
-        self.prompt_tokens = told.get("input_tokens") or self.prompt_tokens
+        self.prompt_tokens = number(told.get("input_tokens")) or self.prompt_tokens
         if kind in foreign.ENDS or kind == "message_delta":
-            self.count = told.get("output_tokens") or self.count
+            self.count = number(told.get("output_tokens")) or self.count
         if kind in foreign.ENDS:
             self.complete = True
             self.finish_reason = "stop"
@@ -116,6 +116,11 @@ def _single(request: Request) -> bool:
     prompt = body.get("prompt")
     several = isinstance(prompt, list) and len(prompt) > 1 and not all(type(item) is int for item in prompt)
     return body.get("n") in (None, 1) and not (body.get("use_beam_search") or several)
+
+
+def number(count: object) -> int | None:
+    """A count of tokens, if it is one."""
+    return count if type(count) is int and 0 <= count < 1 << 40 else None
 
 
 def reported(chunk: dict[str, Any]) -> UpstreamRefused:

@@ -79,3 +79,20 @@ def test_encoding() -> None:
     assert feed([encode(b"{}") + DONE_EVENT]) == [b"{}", DONE]
     assert comment("queued 3 s\nand more") == b": queued 3 s\n: and more\n\n"
     assert feed([comment("nothing to see"), comment("")]) == []
+
+
+@pytest.mark.timeout(60)
+def test_an_event_in_very_many_pieces_costs_no_more_than_its_length() -> None:
+    """Copying what is kept with every piece would be a hundred gigabytes."""
+    event = b"data: " + b"x" * (2 << 20) + b"\n\n"
+    decoder = EventDecoder()
+    got = [payload for at in range(0, len(event), 16) for payload in decoder.feed(event[at : at + 16])]
+    assert [len(payload) for payload in got] == [2 << 20]
+    assert decoder.feed(b"data: y\n\n") == [b"y"]
+
+
+@pytest.mark.timeout(60)
+def test_an_endless_stream_of_nothing_is_not_kept() -> None:
+    decoder = EventDecoder(limit=1000)
+    for _ in range(10_000):
+        assert decoder.feed(b": comment\n\nid: 3\n") == []

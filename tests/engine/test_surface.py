@@ -1,0 +1,45 @@
+"""The OpenAI surface, a subset of ``benchmarks.conformance``: the fields of the engine, or its refusal."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import aiohttp
+import pytest
+
+from tests.engine.gateway import Gateway, gateway
+from tests.engine.surface import CASES, Case, Reply, ask, bodies, differences
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+SUBSET = [case for case in CASES if case.subset]
+LIMIT = 14
+"""Answer tokens: some seams of three, few enough for the minutes that CI has."""
+
+
+@pytest.fixture(scope="module")
+def gate(vllm_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    scheduler = {"mode": "fixed", "window": 3, "seam_cost": 0, "aging": "none"}
+    upstream = {"url": vllm_url, "slots": 4, "engine_priority": "off"}
+    with gateway(tmp_path_factory.mktemp("surface"), [upstream], scheduler=scheduler) as running:
+        yield running
+
+
+async def both(case: Case, engine: str, ours: str) -> dict[str, tuple[Reply, Reply]]:
+    """Directly and through the gateway, one at a time: what else is in the batch can change ties."""
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300)) as session:
+        return {
+            name: (await ask(session, engine, path, body), await ask(session, ours, path, body))
+            for name, path, body in bodies(case, limit=LIMIT)
+        }
+
+
+@pytest.mark.parametrize("case", SUBSET, ids=lambda case: case.name)
+def test_the_gateway_answers_as_the_engine_does(case: Case, vllm_url: str, gate: Gateway) -> None:
+    for name, (reference, reply) in asyncio.run(both(case, vllm_url, gate.url)).items():
+        assert not differences(reference, reply, cached=False), name
+        if case.sliced is None:
+            assert reference.status >= 400, f"{name}: the engine takes it"
+        elif reference.status == 200:
+            assert reply.sliced.startswith("ids" if case.sliced else "no;"), f"{name}: {reply.sliced}"
