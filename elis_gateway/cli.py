@@ -140,6 +140,48 @@ def key(name: str, existing: bool, admin: bool) -> None:
     click.echo(f"admin:\n  key_hash: {stored}" if admin else f"- name: {name}\n  hash: {stored}")
 
 
+@cli.command()
+@click.argument("target", metavar="URL|CONFIG.yaml")
+@click.option("--api-key-env", metavar="NAME", help="Environment variable with the engine's key, for a URL.")
+@click.option("-q", "--quiet", is_flag=True, help="Only print the YAML.")
+def doctor(target: str, api_key_env: str | None, quiet: bool) -> None:
+    """Look at an engine, or at every engine of a configuration: what it is and can do, the slots it really has, what
+    interrupting costs, and whether order can help. Takes a minute per engine, of all its slots.
+
+    Prints the YAML to use. Exit status 1: an engine does not answer, or the configuration is wrong about one.
+
+    \b
+    With a configuration whose gateway runs, its metrics tell whether requests wait and answers differ
+    (the admin key, where it asks for one, from ELIS_ADMIN_KEY).
+    """
+    from elis_gateway import config
+    from elis_gateway import doctor as doctoring
+
+    if "://" in target:
+        given: dict[str, Any] = {"url": target, "slots": 1, "api_key_env": api_key_env}
+        upstreams = config.from_mapping({"upstreams": [given]}).upstreams
+        effective = None
+    else:
+        effective = config.load(Path(target))
+        upstreams = effective.upstreams
+
+    def say(what: str) -> None:
+        if not quiet:
+            click.echo(f"looking: {what} ...", err=True)
+
+    found, failed = asyncio.run(doctoring.examine_all(upstreams, effective, say=say))
+    if not quiet:
+        for one in found:
+            click.echo("\n".join(doctoring.report(one)) + "\n")
+        click.echo("The YAML to use:\n")
+    if found:
+        click.echo(doctoring.snippet(found), nl=False)
+    for line in failed:
+        click.echo(f"Error: {line}", err=True)
+    if failed or any(one.wrong for one in found):
+        raise SystemExit(1)
+
+
 @cli.command("sim-engine")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8100, show_default=True, help="0: any free port, printed at the start.")

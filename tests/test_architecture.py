@@ -23,7 +23,7 @@ VALUES = {CORE + ".job", CORE + ".slice"}
 ARROWS: dict[str, set[str]] = {
     "elis_gateway": set(),
     E + "__main__": {E + "cli"},
-    E + "cli": {E + "access", E + "app", E + "logs", E + "sim", "loadtest", "onnx_export"},
+    E + "cli": {E + "access", E + "app", E + "doctor", E + "logs", E + "sim", "loadtest", "onnx_export"},
     E + "app": {
         *(E + name for name in ("admin", "build", "channel", "dispatcher", "flight", "handlers", "intake")),
         *(E + name for name in ("access", "journal", "lag", "listener", "live", "logs", "metrics")),
@@ -47,6 +47,7 @@ ARROWS: dict[str, set[str]] = {
             "wire",
         )
     },
+    E + "doctor": {E + "tasks", E + "upstream", E + "wire"},
     E + "listener": {E + "wire"},
     E + "access": {E + "flight"},
     E + "admin_guard": {E + "access"},

@@ -1,0 +1,487 @@
+"""What an engine is and can do, how many sequences it really runs at once, what a seam costs, whether order can help.
+
+Knows: which measurements tell that, and the words for it. Never: serving; of the gateway more than its metrics page.
+
+Everything is asked of behaviour, in a bounded time: a few small calls, a ramp of at most ``_MOST`` calls at once, and a
+few hundred tokens for the seam. An engine that serves others meanwhile is disturbed a little, and the figures with it;
+that is said where it shows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import orjson
+
+from elis_gateway import config
+from elis_gateway.errors import UpstreamError, UpstreamRefused
+from elis_gateway.tasks import spawn
+from elis_gateway.upstream.base import Capabilities
+from elis_gateway.upstream.http import HttpUpstream
+from elis_gateway.upstream.probe import LLAMA_CPP, probe
+from elis_gateway.wire.continuation import Call
+from elis_gateway.wire.sse import DONE
+
+__all__ = ["Findings", "Load", "examine", "examine_all", "load_of", "report", "snippet"]
+
+_MOST = 256
+"""Calls at once at the top of the ramp."""
+_RAMP_TIME = 60.0
+"""Seconds the whole ramp may take."""
+_ADMIN_KEY = "ELIS_ADMIN_KEY"
+_WINDOW, _WINDOWS, _ATTEMPTS = 50, 4, 3
+_RUNG = 1.5
+"""Seconds that one call of the ramp should take."""
+_ALIKE = 0.10
+"""Answers whose middle four fifths lie within this share of each other are all equally long."""
+_NOBODY = 0.02
+"""Waits shorter than this share of the completion time are no waits."""
+
+
+@dataclass
+class Load:
+    """What a gateway or an engine says of its traffic so far. Times in seconds, lengths in tokens."""
+
+    source: str
+    requests: float
+    wait: float
+    """Mean wait for a slot."""
+    time: float
+    """Mean completion time."""
+    spread: tuple[float, float] | None = None
+    """10th and 90th percentile of the answers' lengths, to within their buckets."""
+
+
+@dataclass
+class Findings:
+    """All that was found out of one engine."""
+
+    url: str
+    model: str | None = None
+    capabilities: Capabilities = field(default_factory=Capabilities)
+    slots: int | None = None
+    """Sequences it runs at once; None: more than the ramp went up to, or it could not be told."""
+    tried: int = 0
+    """Calls at once at the top of the ramp."""
+    configured: int | None = None
+    pace: float | None = None
+    """Seconds per token of one call alone."""
+    full_pace: float | None = None
+    """Seconds per token of each call at the top of the ramp."""
+    seam: float | None = None
+    """What interrupting and resuming costs, in decoded tokens."""
+    cache: str = "not seen"
+    tools: str = "not known"
+    reasoning: str = "not seen"
+    load: Load | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def wrong(self) -> bool:
+        """More slots are configured than there are."""
+        return self.configured is not None and self.slots is not None and self.configured > self.slots
+
+
+# ---- examining ----------------------------------------------------------------------------------------------------
+
+
+async def examine(settings: config.Upstream, *, configured: bool, say: Callable[[str], None]) -> Findings:
+    """Look at one engine. ``configured``: its ``slots`` were set by a person. ``say`` hears what is being done.
+
+    Raises:
+        UpstreamError: it does not answer.
+    """
+    found = Findings(settings.url, configured=settings.slots if configured else None)
+    async with _open(settings) as upstream:
+        say("what it is and can do")
+        found.capabilities = await probe(upstream, orders=False)
+        found.model = min(found.capabilities.models, default=None)
+        if found.model is None:
+            found.notes.append("It lists no models, so nothing could be asked of it.")
+            return found
+        found.load = await _engine_load(upstream)
+        await _parsers(upstream, found)
+        say("how many sequences it runs at once")
+        await _ramp(upstream, found)
+        if found.slots is not None and found.slots <= 64:
+            say("whether it orders its own queue by priority")
+            found.capabilities = await _ordering(settings, found)
+        say("what a seam costs")
+        await _seam(upstream, found)
+    return found
+
+
+async def examine_all(
+    upstreams: Sequence[config.Upstream], effective: config.Config | None, *, say: Callable[[str], None]
+) -> tuple[list[Findings], list[str]]:
+    """Every engine in turn, and what is wrong with those that do not answer. ``effective``: the configuration they are
+    from, whose gateway is asked for its load where it runs."""
+    load = None if effective is None else await _gateway_load(effective.admin)
+    found, failed = [], []
+    for settings in upstreams:
+        try:
+            say(settings.url)
+            one = await examine(settings, configured=effective is not None, say=say)
+        except UpstreamError as error:
+            failed.append(f"{settings.url}: {error} ({error.cause})")
+            continue
+        one.load = load or one.load
+        found.append(one)
+    return found, failed
+
+
+@asynccontextmanager
+async def _open(settings: config.Upstream) -> AsyncIterator[HttpUpstream]:
+    upstream = HttpUpstream(settings)
+    await upstream.start()
+    try:
+        yield upstream
+    finally:
+        await upstream.close()
+
+
+async def _ordering(settings: config.Upstream, found: Findings) -> Capabilities:
+    """The priority probe needs to know how many calls fill the engine."""
+    exact = settings.model_copy(update={"slots": found.slots})
+    async with _open(exact) as upstream:
+        return await probe(upstream, orders=True)
+
+
+@dataclass
+class _Streamed:
+    """One streamed call, as it went."""
+
+    started: float | None = None
+    ended: float | None = None
+    tokens: int = 0
+    ids: list[int] = field(default_factory=list)
+    usage: dict[str, Any] = field(default_factory=dict)
+
+
+async def _stream(upstream: HttpUpstream, body: dict[str, Any], into: _Streamed) -> None:
+    data = {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0, "ignore_eos": True, **body}
+    call = Call("/v1/completions", orjson.dumps(data), True)
+    async with upstream.open(call, request_id="doctor") as session:
+        async for payloads in session:
+            now = time.perf_counter()
+            for payload in payloads:
+                if payload == DONE:
+                    continue
+                chunk = orjson.loads(payload)
+                into.usage = chunk.get("usage") or into.usage
+                for choice in chunk.get("choices", ()):
+                    ids = choice.get("token_ids") or []
+                    if ids or choice.get("text"):
+                        into.tokens += max(len(ids), 1)
+                        into.ids += ids
+                        if into.started is None:
+                            into.started = now
+                        into.ended = now
+
+
+def _prompt(number: int) -> str:
+    """Different from the first word on, so that no two calls share a prefix."""
+    return f"{number} bottles, said number {number}. Tell me a very long story about it."
+
+
+async def _ramp(upstream: HttpUpstream, found: Findings) -> None:
+    """1, 2, 4, … calls at once, until fewer begin than were sent before the first of them is done."""
+    deadline = time.perf_counter() + _RAMP_TIME
+    at_once, serial = 1, 0
+    doubted: int | None = None
+    while True:
+        length = 48 if found.pace is None else _length(found.pace)
+        began = time.perf_counter()
+        calls = [_Streamed() for _ in range(at_once)]
+        serial += at_once
+        bodies = [{"model": found.model, "prompt": _prompt(serial + n), "max_tokens": length} for n in range(at_once)]
+        try:
+            running = await _while_all_run(upstream, bodies, calls, deadline)
+        except (UpstreamError, TimeoutError) as error:
+            found.notes.append(f"The ramp ended at {at_once} calls at once: {error or 'it took too long'}.")
+            return
+        found.tried = at_once
+        done = [c for c in calls if c.started is not None and c.ended is not None and c.tokens > 1]
+        if done:
+            pace = sum((c.ended or 0.0) - (c.started or 0.0) for c in done) / sum(c.tokens - 1 for c in done)
+            found.pace = pace if at_once == 1 else found.pace
+            found.full_pace = pace
+        if running < at_once:
+            if doubted is None:
+                # A machine that stood still for a moment looks like a full engine; twice it does not.
+                doubted = running
+                continue
+            found.slots = max(running, doubted)
+            return
+        doubted = None
+        spent = time.perf_counter() - began
+        if at_once >= _MOST or time.perf_counter() + 3 * spent > deadline:
+            found.notes.append(f"All of {at_once} calls at once ran together: it has at least so many slots.")
+            return
+        at_once *= 2
+
+
+def _length(pace: float) -> int:
+    """Tokens that take long enough for all calls to have begun by then."""
+    return min(max(round(_RUNG / pace), 24), 256)
+
+
+async def _while_all_run(
+    upstream: HttpUpstream, bodies: list[dict[str, Any]], calls: list[_Streamed], deadline: float
+) -> int:
+    """How many calls had begun when the first one ended. The rest is let go."""
+    tasks = [spawn(_stream(upstream, b, c), name="doctor") for b, c in zip(bodies, calls, strict=True)]
+    try:
+        async with asyncio.timeout(max(deadline - time.perf_counter(), 1.0)):
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+        first = min(c.ended for c, task in zip(calls, tasks, strict=True) if task in done and c.ended is not None)
+        return sum(call.started is not None and call.started < first for call in calls)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _seam(upstream: HttpUpstream, found: Findings) -> None:
+    """As many tokens in one call as in four that each go on from the last, the ids handed back."""
+    if not found.capabilities.ids or found.capabilities.kind == LLAMA_CPP:
+        if found.capabilities.kind == LLAMA_CPP:
+            found.notes.append(
+                "The seam was not measured: llama.cpp's ids come another way. The gateway learns it while serving."
+            )
+        return
+    total = _WINDOW * _WINDOWS
+    costs = []
+    try:
+        for attempt in range(_ATTEMPTS):
+            body = {"model": found.model, "return_token_ids": True, "max_tokens": total}
+            whole = _Streamed()
+            prompt = f"{attempt} and {time.perf_counter_ns()}: tell me a story."
+            began = time.perf_counter()
+            await _stream(upstream, {**body, "prompt": prompt}, whole)
+            alone = time.perf_counter() - began
+            ids = await _tokenized(upstream, found.model, f"Again {prompt}")
+            began = time.perf_counter()
+            for _ in range(_WINDOWS):
+                part = _Streamed()
+                await _stream(upstream, {**body, "prompt": ids, "max_tokens": _WINDOW}, part)
+                ids = ids + part.ids
+                _note_cache(part, found)
+            sliced = time.perf_counter() - began
+            costs.append((sliced - alone) / (_WINDOWS - 1) / (alone / total))
+    except (UpstreamError, TimeoutError) as error:
+        found.notes.append(f"The seam was not measured: {error}.")
+        return
+    found.seam = max(median(costs), 0.0)
+
+
+async def _tokenized(upstream: HttpUpstream, model: str | None, prompt: str) -> list[int]:
+    """A prompt's ids, by asking for one token of an answer."""
+    body = {"model": model, "prompt": prompt, "max_tokens": 1, "return_token_ids": True}
+    async with upstream.open(Call("/v1/completions", orjson.dumps(body), False), request_id="doctor") as session:
+        answer = orjson.loads(await session.whole())
+    return list(answer["choices"][0].get("prompt_token_ids") or answer.get("prompt_token_ids") or [])
+
+
+def _note_cache(part: _Streamed, found: Findings) -> None:
+    details = part.usage.get("prompt_tokens_details")
+    if isinstance(details, dict) and details.get("cached_tokens"):
+        found.cache = (
+            f"yes: {details['cached_tokens']} of {part.usage.get('prompt_tokens')} prompt tokens of a continuation"
+        )
+
+
+async def _parsers(upstream: HttpUpstream, found: Findings) -> None:
+    """A chat with a tool to call: an engine without a tool parser refuses it or answers in plain text."""
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+    chat = {"model": found.model, "messages": [{"role": "user", "content": "What time is it?"}], "max_tokens": 16}
+    try:
+        message = await _chat(upstream, {**chat, "tools": [tool], "tool_choice": "auto"})
+        found.tools = "yes: it answered with a tool call" if message.get("tool_calls") else "accepts tools"
+    except UpstreamRefused as error:
+        found.tools = f"no: a chat with tools is answered {error.status}"
+    except UpstreamError as error:
+        found.notes.append(f"Chats with tools: {error}.")
+    try:
+        message = await _chat(upstream, chat)
+    except UpstreamError as error:
+        found.notes.append(f"Chats are not served: {error}.")
+        return
+    if message.get("reasoning") or message.get("reasoning_content"):
+        found.reasoning = "yes: reasoning came in a field of its own"
+
+
+async def _chat(upstream: HttpUpstream, body: dict[str, Any]) -> dict[str, Any]:
+    call = Call("/v1/chat/completions", orjson.dumps(body), False)
+    async with asyncio.timeout(60), upstream.open(call, request_id="doctor") as session:
+        answer = orjson.loads(await session.whole())
+    message: dict[str, Any] = answer["choices"][0]["message"]
+    return message
+
+
+# ---- does anybody wait? --------------------------------------------------------------------------------------------
+
+
+async def _gateway_load(admin: config.Admin) -> Load | None:
+    """Of the gateway that runs with this configuration, if one does."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(admin.host, admin.host)
+    scheme = "https" if admin.tls.cert is not None else "http"
+    key = _ADMIN_KEY if os.environ.get(_ADMIN_KEY) else None
+    settings = config.Upstream.model_validate(
+        {"url": f"{scheme}://{host}:{admin.port}", "slots": 1, "api_key_env": key, "tls": {"verify": False}}
+    )
+    async with _open(settings) as upstream:
+        try:
+            text = (await upstream.get("/metrics")).decode("utf-8", "replace")
+        except UpstreamError:
+            return None
+    return load_of(
+        text, "the gateway", wait="elis_queue_wait_seconds", time="elis_jct_seconds", length="elis_answer_tokens"
+    )
+
+
+async def _engine_load(upstream: HttpUpstream) -> Load | None:
+    """Of vLLM's own metrics: how long requests have waited in its queue, and how long answers were."""
+    try:
+        text = (await upstream.get("/metrics")).decode("utf-8", "replace")
+    except UpstreamError:
+        return None
+    return load_of(
+        text, "the engine", wait="vllm:request_queue_time_seconds", time="vllm:e2e_request_latency_seconds",
+        length="vllm:request_generation_tokens",
+    )  # fmt: skip
+
+
+def load_of(text: str, source: str, *, wait: str, time: str, length: str) -> Load | None:
+    """The load that a metrics page tells of, if it does."""
+
+    def total(name: str) -> float:
+        return sum(float(v) for v in re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE))
+
+    requests = total(f"{wait}_count")
+    if requests < 50:
+        return None
+    times = total(f"{time}_count")
+    return Load(
+        source,
+        requests,
+        total(f"{wait}_sum") / requests,
+        total(f"{time}_sum") / times if times else 0.0,
+        _spread(text, length),
+    )
+
+
+def _spread(text: str, name: str) -> tuple[float, float] | None:
+    """10th and 90th percentile of a histogram, interpolated within its buckets."""
+    rows: dict[float, float] = {}
+    for labels, value in re.findall(rf"^{re.escape(name)}_bucket\{{(.*)\}} (\S+)$", text, re.MULTILINE):
+        bound = re.search(r'le="([^"]+)"', labels)
+        if bound is not None:
+            edge = float(bound[1])
+            rows[edge] = rows.get(edge, 0.0) + float(value)
+    edges = sorted(rows)
+    if not edges or not rows[edges[-1]]:
+        return None
+
+    def quantile(q: float) -> float:
+        wanted, below, low = q * rows[edges[-1]], 0.0, 0.0
+        for edge in edges:
+            if rows[edge] >= wanted:
+                if edge == float("inf"):
+                    return low
+                inside = rows[edge] - below
+                return low + (edge - low) * ((wanted - below) / inside if inside else 1.0)
+            below, low = rows[edge], edge
+        return low
+
+    return quantile(0.1), quantile(0.9)
+
+
+def _order(load: Load | None) -> list[str]:
+    """Whether order can help, in words."""
+    if load is None:
+        return [
+            "Whether order helps is for your traffic to say: it does where requests wait and answers differ in length."
+            " Put the gateway in front, and ask the doctor again with its configuration, or look at /ui."
+        ]
+    said = []
+    if load.time and load.wait < _NOBODY * load.time:
+        said.append(
+            f"ORDER CANNOT HELP NOW: of {load.requests:.0f} requests at {load.source} nobody waited"
+            f" ({load.wait:.3f} s of {load.time:.2f} s). Whoever does not wait cannot be overtaken."
+        )
+    elif load.time:
+        said.append(
+            f"Requests at {load.source} waited {load.wait:.2f} s of {load.time:.2f} s, {load.wait / load.time:.0%}."
+        )
+    if load.spread is not None:
+        short, long = load.spread
+        if long and (long - short) / long <= _ALIKE:
+            said.append(
+                f"ORDER CANNOT HELP: answers are all equally long ({short:.0f} to {long:.0f} tokens)."
+                " Nobody is shorter than the next; use policy fcfs."
+            )
+        else:
+            said.append(f"Answers differ: a tenth is shorter than {short:.0f} tokens, a tenth longer than {long:.0f}.")
+    return said
+
+
+# ---- telling ------------------------------------------------------------------------------------------------------
+
+
+def report(found: Findings) -> list[str]:
+    """What was found, for a person."""
+    able = found.capabilities
+    lines = [f"{found.url}: {able.kind}, {', '.join(sorted(able.models)) or 'no models'}"]
+    context = ", ".join(f"{model}: {length}" for model, length in able.context.items()) or "it does not say"
+    slots = f"{found.slots}" if found.slots is not None else f"more than the {found.tried} tried"
+    rows = [
+        ("context length", context),
+        ("token ids", "yes: answers are continued exactly" if able.ids else "no: one call per request, still ordered"),
+        ("orders by priority", "yes, seen twice" if able.orders else "no"),
+        ("prefix cache", found.cache),
+        ("tool parser", found.tools),
+        ("reasoning parser", found.reasoning),
+        ("slots", slots),
+    ]
+    if found.pace is not None and found.full_pace is not None:
+        rows.append(
+            ("pace of one call", f"{1 / found.pace:.1f} tokens/s alone, {1 / found.full_pace:.1f} of {found.tried}")
+        )
+    if found.seam is not None:
+        rows.append(("seam cost", f"{found.seam:.1f} decoded tokens"))
+    lines += [f"  {name:19s} {value}" for name, value in rows]
+    lines += [f"  note: {note}" for note in found.notes]
+    if found.wrong:
+        lines.append(
+            f"  WRONG: slots is {found.configured}, the engine runs {found.slots}: what waits inside it is not ordered."
+        )
+    if found.configured is not None and found.slots is not None and found.configured < found.slots:
+        lines.append(f"  slots is {found.configured}, the engine runs {found.slots}: it could do more at once.")
+    lines += [f"  {line}" for line in _order(found.load)]
+    return lines
+
+
+def snippet(found: list[Findings]) -> str:
+    """The YAML to use."""
+    lines = ["upstreams:"]
+    for one in found:
+        lines.append(f"  - url: {one.url}")
+        slots = one.slots if one.slots is not None else one.tried
+        comment = "" if one.slots is not None else " # at least; what the engine is started with (vLLM: --max-num-seqs)"
+        lines.append(f"    slots: {max(slots, 1)}{comment}")
+        if one.reasoning.startswith("yes") or one.tools.startswith("yes"):
+            lines.append("    chat_parser: true")
+        if one.capabilities.orders:
+            lines.append("    overcommit: 2 # it orders its own queue by priority")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,138 @@
+"""The doctor against embedded engines: what they can do, their real slots, their seam, and whether order can help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from elis_gateway import doctor
+from elis_gateway.cli import cli
+from elis_gateway.config import Upstream, from_mapping
+from elis_gateway.sim.engine import EngineModel
+from elis_gateway.sim.server import ServerConfig, SimServer
+from tests.gateway.world import AT_ONCE, paced
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_ATTEMPTS", 1)
+    monkeypatch.setattr(doctor, "_RUNG", 0.4)
+
+
+def engine(slots: int, *, seam: float = 0.0, **more: Any) -> ServerConfig:
+    """A hundred tokens a second, whatever the batch: slow enough that a busy machine keeps up."""
+    model = EngineModel(slots=slots, decode=((1, 100.0),), prefill_tokens_per_second=None, seam_tokens=seam)
+    return ServerConfig(port=0, engine=model, max_model_len=4096, language=AT_ONCE.language, **more)
+
+
+async def examined(config: ServerConfig, **settings: Any) -> doctor.Findings:
+    async with SimServer(config) as server:
+        upstream = Upstream.model_validate({"url": server.url, "slots": 1, **settings})
+        return await doctor.examine(upstream, configured="slots" in settings, say=lambda what: None)
+
+
+async def test_slots_seam_and_what_it_can_do() -> None:
+    found = await examined(engine(3, seam=12.0, priority="honour", prompt_tokens_details=True))
+    assert found.slots == 3
+    assert found.seam == pytest.approx(12.0, abs=8.0)
+    assert found.pace == pytest.approx(0.01, rel=0.5)
+    assert found.capabilities.ids
+    assert found.capabilities.orders
+    assert found.capabilities.context == {"sim": 4096}
+    assert found.cache.startswith("yes")
+    made = from_mapping(yaml.safe_load(doctor.snippet([found])))
+    assert (made.upstreams[0].slots, made.upstreams[0].overcommit) == (3, 2)
+    told = "\n".join(doctor.report(found))
+    assert "continued exactly" in told
+    assert "for your traffic to say" in told
+
+
+async def test_slots_that_the_engine_has_not_are_called_wrong() -> None:
+    found = await examined(engine(2, token_ids=False), slots=8)
+    assert found.slots == 2
+    assert found.seam is None
+    told = "\n".join(doctor.report(found))
+    assert "WRONG: slots is 8, the engine runs 2" in told
+    assert "one call per request" in told
+
+
+def page(waits: float, lengths: dict[str, int]) -> str:
+    count = max(lengths.values())
+    rows = [
+        f'elis_queue_wait_seconds_count{{model="m"}} {count}',
+        f'elis_queue_wait_seconds_sum{{model="m"}} {waits * count}',
+        f'elis_jct_seconds_count{{model="m"}} {count}',
+        f'elis_jct_seconds_sum{{model="m"}} {10.0 * count}',
+        *(f'elis_answer_tokens_bucket{{model="m",le="{edge}"}} {n}' for edge, n in lengths.items()),
+    ]
+    return "\n".join(rows)
+
+
+def load(text: str) -> doctor.Load | None:
+    return doctor.load_of(
+        text, "the gateway", wait="elis_queue_wait_seconds", time="elis_jct_seconds", length="elis_answer_tokens"
+    )
+
+
+VARIED = {"10.0": 200, "100.0": 500, "500.0": 900, "+Inf": 1000}
+ALIKE = {"100.0": 0, "105.0": 1000, "+Inf": 1000}
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "unsaid"),
+    [
+        (page(5.0, VARIED), "50%", "CANNOT"),
+        (page(0.01, VARIED), "ORDER CANNOT HELP NOW", "equally long"),
+        (page(5.0, ALIKE), "ORDER CANNOT HELP: answers are all equally long", "NOW"),
+    ],
+)
+def test_it_says_plainly_when_order_cannot_help(text: str, said: str, unsaid: str) -> None:
+    told = "\n".join(doctor.report(doctor.Findings("http://x", load=load(text))))
+    assert said in told
+    assert unsaid not in told
+
+
+def test_a_few_requests_say_nothing() -> None:
+    assert load(page(5.0, {"10.0": 3, "+Inf": 5})) is None
+
+
+def test_the_command_by_url_and_by_file(tmp_path: Path) -> None:
+    import asyncio
+    import threading
+
+    started = threading.Event()
+    ended = threading.Event()
+    urls: list[str] = []
+
+    def serve() -> None:
+        async def run() -> None:
+            async with SimServer(paced(400, slots=1)) as server:
+                urls.append(server.url)
+                started.set()
+                await asyncio.to_thread(ended.wait)
+
+        asyncio.run(run())
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert started.wait(30)
+    try:
+        done = CliRunner().invoke(cli, ["doctor", urls[0]])
+        assert done.exit_code == 0, done.output
+        assert f"url: {urls[0]}" in done.output
+        assert "slots: 1" in done.output
+        file = tmp_path / "gateway.yaml"
+        file.write_text(f"admin: {{port: 9}}\nupstreams: [{{url: '{urls[0]}', slots: 4}}]\n")
+        done = CliRunner().invoke(cli, ["doctor", str(file)])
+        assert done.exit_code == 1, "something is wrong with it"
+        assert "WRONG: slots is 4, the engine runs 1" in done.output
+    finally:
+        ended.set()
+        thread.join()
+    done = CliRunner().invoke(cli, ["doctor", "http://127.0.0.1:9"])
+    assert done.exit_code == 1
+    assert "connect" in done.output.lower()
