@@ -198,7 +198,7 @@ def store(output: Path, engine: str, limit: int, rows: list[dict[str, Any]]) -> 
         },
     }
     lines = ",\n    ".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    head = json.dumps(about, indent=2).rstrip("}\n")
+    head = json.dumps(about, indent=2).removesuffix("\n}")
     output.write_text(f'{head},\n  "rows": [\n    {lines}\n  ]\n}}\n')
 
 
