@@ -3,7 +3,8 @@
     python -m benchmarks.sampling --answers 900 --output benchmarks/results/sampling-vllm.json
 
 Temperature 1, no seed, plain text. Of every answer the tokens at some positions are counted, all of them right after a
-seam of windows of two tokens; two-sample chi-square over the commonest tokens and the rest, one test per position, Bonferroni.
+seam of windows of two tokens; two-sample chi-square over the commonest tokens and the rest, one test per position,
+Bonferroni.
 Power: the probability that the test finds a shift of effect size w = 0.2 (Cohen's small to medium) at the level used.
 As a control the same test compares the engine with itself at temperature 1.3, and has to find that.
 """

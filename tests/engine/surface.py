@@ -221,7 +221,7 @@ def _document(content: dict[str, Any]) -> dict[str, Any]:
 def _joined(data: bytes) -> dict[str, Any]:
     """A stream as its client adds it up."""
     events = [line[6:] for line in data.decode().split("\n") if line.startswith("data: ")]
-    chunks = [json.loads(event) for event in events if event != "[DONE]"]
+    chunks = [json.loads(event) for event in events if event not in ("[DONE]", "null")]  # null: llama.cpp
     result: dict[str, Any] = {
         "done": events[-1:] == ["[DONE]"],
         "ids": len({(chunk.get("id"), chunk.get("created")) for chunk in chunks}),
