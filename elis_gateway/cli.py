@@ -24,6 +24,7 @@ __all__ = ["cli", "main"]
 PROGRAM = "elis-gateway"
 
 _ELSEWHERE = {
+    "predictor": ("onnx_export.cli", "train", "The length predictor: collect, train, evaluate, export, show."),
     "loadtest": ("loadtest.cli", "loadtest", "The same work under different policies: workloads, runs, the demo."),
 }
 """Groups that live in packages of their own: module, extra that brings what it imports, short help."""

@@ -24,7 +24,7 @@ def run(*args: str) -> Result:
 
 def test_help_names_every_command_without_importing_the_other_packages() -> None:
     result = run("--help")
-    for name in ("serve", "check-config", "sim-engine", "loadtest", "completion"):
+    for name in ("serve", "check-config", "sim-engine", "loadtest", "predictor", "completion"):
         assert f"  {name}" in result.output
 
 
