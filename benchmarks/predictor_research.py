@@ -220,8 +220,8 @@ def shrunk(values: Array, kind: Array, mask: Array) -> Array:
     return np.asarray(((total + 5 * values[mask].mean()) / (count + 5))[kind])
 
 
-def grow(data: Data, columns: Array, named: int, loss: str, seed: int, rounds: int) -> Array:
-    """Trees; ``named``: columns at the end that are categories. Log tokens, or scores for ``pairwise``."""
+def grow(data: Data, columns: Array, loss: str, seed: int = 0, rounds: int = 500) -> Array:
+    """Trees; behind the features come two columns that are categories. Log tokens, or scores for ``pairwise``."""
     made = data.pairs
     fit = data.fit[made.answer]
     log = np.log(made.remaining)
@@ -248,9 +248,9 @@ def grow(data: Data, columns: Array, named: int, loss: str, seed: int, rounds: i
         "min_data_in_leaf": 80, "feature_fraction": 0.4, "bagging_fraction": 0.7, "bagging_freq": 1, "num_threads": 1,
         "verbose": -1, "seed": seed, "cat_smooth": 20, "max_bin": 63,
     }  # fmt: skip
-    width = columns.shape[1]
+    width = made.features.shape[1]
     rows = lightgbm.Dataset(
-        columns[fit], wanted, weight=weight, categorical_feature=list(range(width - named, width)),
+        columns[fit], wanted, weight=weight, categorical_feature=[width, width + 1],
         params={"max_bin": 63},
     )  # fmt: skip
     return np.asarray(lightgbm.train(parameters, rows, rounds).predict(columns, num_threads=1))
@@ -288,40 +288,45 @@ def main() -> None:
     history = shrunk(np.log(made.remaining), kind, data.fit[made.answer])[:, None]
     named = np.column_stack([np.unique(of, return_inverse=True)[1][made.answer] for of in (data.model, data.app)])
     answers = np.column_stack([scores[name][made.answer] for name in scores])
+    base = [made.features, named, history]
+    n_grams = text[:, None]
     blocks = {
-        "counters": [made.features, history],
-        "counters + BGE": [made.features, history, projected],
-        "counters + BGE + scores of the prompt": [made.features, history, projected, answers],
-        "all (with n-grams of the text so far)": [made.features, history, answers, text[:, None]],
+        "counters": base,
+        "counters + BGE": [*base, projected],
+        "counters + BGE + scores of the prompt": [*base, projected, answers],
+        "all: the same + n-grams of the text so far": [*base, projected, answers, n_grams],
+        "all without components": [*base, answers, n_grams],
     }
-    runs = [(name, "l1", 0) for name in blocks]
-    whole = list(blocks)[-1]
-    runs += [(whole, "l1", 1), (whole, "pairwise", 0), (whole, "pairwise", 1), (whole, "l2", 0)]
+    whole, lean = list(blocks)[-2:]
     said: dict[str, Array] = {}
-    for name, loss, seed in runs:
-        columns = np.column_stack([*blocks[name], named]).astype(np.float32)
-        file = args.work / f"{hashlib.sha256(f'{name}{loss}{seed}'.encode()).hexdigest()[:10]}.npz"
-        said[f"{name}, {loss}, seed {seed}"] = kept(
-            file,
-            lambda c=columns, o=loss, s=seed: {"said": grow(data, c, 2, o, s, 500)},  # type: ignore[misc]
-        )["said"]
-        print(f"{name}, {loss}, seed {seed}", flush=True)
+    for name, loss in [*((name, "l1") for name in blocks), (whole, "pairwise")]:
+        columns = np.column_stack(blocks[name]).astype(np.float32)
+        file = args.work / f"{hashlib.sha256(f'{name}{loss}'.encode()).hexdigest()[:10]}.npz"
+        said[f"{name}, {loss}"] = kept(file, lambda c=columns, o=loss: {"said": grow(data, c, o)})["said"]  # type: ignore[misc]
+        print(f"{name}, {loss}", flush=True)
 
     of = data.app[made.answer] == TARGET
     check = of & (data.split[made.answer] == "validation") & (made.window < 8)
-    judged = of & (data.split[made.answer] == ("test" if args.final else "validation")) & (made.window < 8)
     log = np.log(made.remaining)
     for name, values in said.items():
         if "pairwise" in name:  # scores: scale and shift of the validation split make log tokens of them
             scale = float(np.polyfit(values[check], log[check], 1)[0])
             said[name] = scale * values + float(np.median(log[check] - scale * values[check]))
-    l1 = np.mean([said[f"{whole}, l1, seed {s}"] for s in (0, 1)], axis=0)
-    order = np.mean([said[f"{whole}, pairwise, seed {s}"] for s in (0, 1)], axis=0)
-    said["ensemble: all, 2 x l1 + 2 x pairwise"] = (l1 + order) / 2
-    report(data, {name: np.exp(values) for name, values in said.items()}, judged, args)
+    said["ensemble of the last three"] = np.mean(
+        [said[f"{whole}, l1"], said[f"{lean}, l1"], said[f"{whole}, pairwise"]], axis=0
+    )
+    tokens = {name: np.exp(values) for name, values in said.items()}
+    found = {}
+    for split in ("validation", "test") if args.final else ("validation",):
+        judged = of & (data.split[made.answer] == split) & (made.window < 8)
+        print(f"\n{split}: {int(judged.sum())} pairs")
+        found[split] = report(data, tokens, judged)
+    if args.out is not None:
+        args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def report(data: Data, said: dict[str, Array], judged: Array, args: argparse.Namespace) -> None:
+def report(data: Data, said: dict[str, Array], judged: Array) -> dict[str, Any]:
+    """Figures of every estimator on the pairs ``judged``, beside history."""
     made = data.pairs.take(judged)
     truth, model, group = made.remaining, data.model[made.answer], data.group[made.answer]
     cell = np.char.add(np.char.add(model, "|"), made.window.astype(str))
@@ -353,10 +358,7 @@ def report(data: Data, said: dict[str, Array], judged: Array, args: argparse.Nam
             f"  k=0 {row['tau_at_arrival']:.3f}  MAE {row['mae']:.1f} ({best:.0f} … {worst:.0f})  R2 {row['r2']:.2f}",
             flush=True,
         )
-    if args.out is not None:
-        split = "test" if args.final else "validation"
-        whole = {"split": split, "pairs": int(judged.sum()), "groups": len(set(group.tolist())), "estimators": rows}
-        args.out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    return {"pairs": int(judged.sum()), "groups": len(set(group.tolist())), "estimators": rows}
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def cli() -> None:
 @click.option(
     "--licence", "licences", multiple=True, metavar="APP=NAME", help="Of an application's answers; repeatable."
 )
+@click.option("--app", help="Call the application of all records so.")
 @click.option("--ask", "url", metavar="URL", help="First let this OpenAI-compatible server answer SOURCES (one file).")
 @click.option("--model", default="", help="With --ask: the model to ask for.")
 @click.option("--api-key", envvar="OPENAI_API_KEY", help="With --ask.  [env: OPENAI_API_KEY]")
@@ -58,6 +59,7 @@ def collect(
     split_digits: bool,
     group_by: str,
     licences: tuple[str, ...],
+    app: str | None,
     url: str | None,
     model: str,
     api_key: str | None,
@@ -88,6 +90,9 @@ def collect(
     if not paths:
         raise ConfigError("nothing to collect from: name files or folders")
     raws = [raw for path in paths for raw in records.read(path)]
+    if app is not None:
+        for raw in raws:
+            raw.app = app
     tokens = collecting.Tokens(tokenizer, split_digits=split_digits)
     made = collecting.collect(
         raws, tokens, window=window, group_by=group_by, licences=_licences(licences), progress=click.echo
@@ -120,6 +125,7 @@ def _licences(given: Iterable[str]) -> dict[str, str]:
     help="A folder with encoder.onnx, made before; or a folder or hub id for AutoModel, exported into OUT first.",
 )
 @click.option("--out", required=True, type=_FOLDER, help="The run: an interrupted one goes on where it was.")
+@click.option("--without", multiple=True, metavar="APP", help="Leave this application out; repeatable.")
 @click.option("--pooling", type=click.Choice(["cls", "mean", "last"]), default="cls", show_default=True)
 @click.option("--max-tokens", default=256, show_default=True, help="Longest text the encoder reads.")
 @click.option("--encoder-licence", default="unknown", help="Of the encoder's weights, for the manifest.")
@@ -135,7 +141,10 @@ def _licences(given: Iterable[str]) -> dict[str, str]:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--rounds", type=int, help="Trees, or epochs, at most. Default: 600 trees, 60 epochs.")
 @click.option("--patience", type=int, help="Rounds without improvement before it stops. Default: 40 trees, 6 epochs.")
-@click.option("--rate", type=float, help="Learning rate. Default: 0.08 for trees, 0.001 for networks.")
+@click.option(
+    "--rate", type=float, help="Learning rate. Default: 0.08 for trees, 0.001 for networks, 0.0003 for elis-paper."
+)
+@click.option("--batch", default=256, show_default=True, help="Pairs per step of a network.")
 @click.option("--identity", is_flag=True, help="Let the head learn the served models by name.")
 @click.option(
     "--pairs", type=int, help="Train on so many pairs drawn at random: encoding them is what elis-paper costs."
@@ -146,6 +155,7 @@ def train(
     data: tuple[Path, ...],
     encoder: str,
     out: Path,
+    without: tuple[str, ...],
     pooling: Any,
     max_tokens: int,
     encoder_licence: str,
@@ -157,6 +167,7 @@ def train(
     rounds: int | None,
     patience: int | None,
     rate: float | None,
+    batch: int,
     identity: bool,
     pairs: int | None,
     threads: int,
@@ -174,13 +185,15 @@ def train(
         seed=seed,
         rounds=rounds or (600 if trees else 60),
         patience=patience or (40 if trees else 6),
-        rate=rate or (0.08 if trees else 0.001),
+        rate=rate or (0.08 if trees else 0.0003 if architecture == "elis-paper" else 0.001),
+        batch=batch,
         identity=identity,
         pairs=pairs,
         threads=threads,
     )
     options.check()
     whole = modules["records"].load(data)
+    whole.answers = [answer for answer in whole.answers if answer.app not in without]
     folder = Path(encoder)
     if not (folder / encode.ENCODER).exists():
         folder = out / "encoder"

@@ -418,8 +418,7 @@ def _fit(
         head.scale.copy_(torch.tensor([1.0, 0.0]))
         if isinstance(head, networks.OnceHead):
             head.spreads(torch.from_numpy(train.embedding), torch.from_numpy(train.pairs.features))
-    rate = options.rate if options.architecture == "encode-once" else min(options.rate, 3e-4)
-    learner = torch.optim.AdamW([p for p in head.parameters() if p.requires_grad], lr=rate, weight_decay=0.01)
+    learner = torch.optim.AdamW([p for p in head.parameters() if p.requires_grad], lr=options.rate, weight_decay=0.01)
     kept = out / CHECKPOINT
     first, best = 1, {name: value.clone() for name, value in head.state_dict().items()}
     if kept.exists():

@@ -71,23 +71,30 @@ def answers(count: int = 120) -> list[Answer]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One encoder, one data set, one trained run of each architecture."""
+    """One encoder and one data set."""
     root = tmp_path_factory.mktemp("predictor")
     encoder = root / "models" / "encoder"
     spec = encode.export_encoder(str(bert(root)), encoder, max_tokens=32, licence="MIT", quantize=False)
     data = root / "data.jsonl.gz"
     records.save(data, answers(), unit="words", window=50)
     whole = records.load([data])
-    options = {
-        "trees": train.Options(rounds=40, patience=30, components=4, projection=8, identity=True),
-        "network": train.Options(learner="network", loss="quantiles", rounds=3, patience=3, rate=1e-3, projection=8),
-        "paper": train.Options(
-            architecture="elis-paper", learner="network", loss="mse", rounds=2, patience=2, pairs=80, projection=0
-        ),
-    }
-    for name, option in options.items():
-        train.train(whole, encoder, root / name, option, cache=root / "cache.sqlite")
-    return {"root": root, "encoder": encoder, "data": whole, "spec": spec, "options": options}
+    return {"root": root, "encoder": encoder, "data": whole, "spec": spec}
+
+
+OPTIONS = {
+    "trees": train.Options(rounds=40, patience=30, components=4, projection=8, identity=True),
+    "network": train.Options(learner="network", loss="quantiles", rounds=2, patience=3, rate=1e-3, projection=8),
+    "paper": train.Options(
+        architecture="elis-paper", learner="network", loss="mse", rounds=1, pairs=64, rate=3e-4, projection=0
+    ),
+}
+
+
+def trained(made: dict[str, Any], kind: str) -> Path:
+    """A run of one kind, trained when first asked for."""
+    out: Path = made["root"] / kind
+    train.train(made["data"], made["encoder"], out, OPTIONS[kind], cache=made["root"] / "cache.sqlite")
+    return out
 
 
 def test_an_encoder_reads_its_special_ids_off_the_tokenizer(made: dict[str, Any]) -> None:
@@ -150,7 +157,7 @@ def test_an_encoder_that_disagrees_is_not_written(tmp_path: Path, monkeypatch: p
 def test_a_run_becomes_a_model_folder_that_says_the_same(made: dict[str, Any], kind: str) -> None:
     root = made["root"]
     target = root / "models" / kind
-    sheet = export.export_run(root / kind, target, name=kind, int8=False, metrics={"tau": 0.5})
+    sheet = export.export_run(trained(made, kind), target, name=kind, int8=False, metrics={"tau": 0.5})
     assert manifest.load(target) == sheet
     assert sheet.encoder.file == "../encoder/encoder.onnx"
     assert sheet.sources == (manifest.Source(name="app", licence="MIT", answers=sheet.sources[0].answers),)
@@ -169,7 +176,7 @@ def test_a_run_becomes_a_model_folder_that_says_the_same(made: dict[str, Any], k
 def test_the_trees_in_onnx_decide_as_lightgbm_does(made: dict[str, Any]) -> None:
     import lightgbm
 
-    run = made["root"] / "trees"
+    run = trained(made, "trees")
     target = made["root"] / "models" / "parity"
     export.export_run(run, target, name="parity")
     rows = made["data"].split("validation")
@@ -200,21 +207,21 @@ def test_training_and_serving_call_the_same_features(made: dict[str, Any]) -> No
 
 def test_a_head_that_disagrees_is_refused_and_leaves_nothing(made: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="differ by"):
-        export.export_run(made["root"] / "network", tmp_path / "m" / "mine", name="mine", tolerance=-1.0)
+        export.export_run(trained(made, "network"), tmp_path / "m" / "mine", name="mine", tolerance=-1.0)
     assert not list((tmp_path / "m" / "mine").glob("*.onnx"))
     with pytest.raises(ConfigError, match="int8 differs"):
-        export.export_run(made["root"] / "paper", tmp_path / "m" / "mine", name="mine", int8=True, tolerance_int8=-1.0)
+        export.export_run(trained(made, "paper"), tmp_path / "m" / "mine", name="mine", int8=True, tolerance_int8=-1.0)
     assert not list((tmp_path / "m" / "mine").glob("*.onnx"))
 
 
 def test_int8_makes_the_papers_head_a_quarter_as_large(made: dict[str, Any]) -> None:
     target = made["root"] / "models" / "small"
-    sheet = export.export_run(made["root"] / "paper", target, name="small")
+    sheet = export.export_run(trained(made, "paper"), target, name="small")
     assert sheet.head.quantized
     assert sheet.head.output == "remaining"
     assert 5e6 < (target / "head.onnx").stat().st_size < 8e6
     with pytest.raises(ConfigError, match="trees"):
-        export.export_run(made["root"] / "trees", target, name="small", int8=True)
+        export.export_run(trained(made, "trees"), target, name="small", int8=True)
 
 
 def test_an_interrupted_run_goes_on_and_other_options_are_refused(made: dict[str, Any], tmp_path: Path) -> None:
@@ -332,7 +339,7 @@ def test_a_checkpoint_of_another_layout_is_refused(tmp_path: Path, change: Any, 
 def test_evaluate_judges_everything_on_the_same_pairs(made: dict[str, Any], tmp_path: Path) -> None:
     root = made["root"]
     target = root / "models" / "judged"
-    export.export_run(root / "trees", target, name="judged")
+    export.export_run(trained(made, "trees"), target, name="judged")
     judged, said, truth = evaluate.evaluate(made["data"], [target], after=[10], samples=20)
     assert set(said) >= {"global mean", "mean by model", "history", "trees on counters", "judged", "judged after 10"}
     assert all(len(values) == len(truth) for values in said.values())
