@@ -156,46 +156,57 @@ def learned(
     One server per served model; or, ``by_app``, one server in front of all, its applications mixed."""
     rng = np.random.default_rng(seed)
     out, past = np.zeros(len(made)), np.zeros(len(made))
-    model = np.array([a.model for a in test])[made.answer]
-    embedding = _reduced(scorer, scorer.embeddings(test, made))
-    for name in ["all"] if by_app else sorted(set(model.tolist())):
+    asked = _Asked(scorer, test, made, said, by_app)
+    for name in ["all"] if by_app else sorted({answer.model for answer in test}):
         own = [a for a in train if by_app or a.model == name]
         chosen = [own[at] for at in rng.permutation(len(own))[:answers]]
         mind = learning.Learner(made.features.shape[1], 0 if scorer.projection is None else len(scorer.projection) - 1)
-        _teach(mind, scorer, chosen, window, by_app)
-        rows = np.arange(len(made)) if by_app else np.flatnonzero(model == name)
-        for at in rows.tolist():
-            answer = test[int(made.answer[at])]
-            sight = learning.Sight(
-                int(made.attained[at]), None, float(np.log(said[at])), made.features[at].tolist(),
-                None if embedding is None else embedding[at],
-            )  # fmt: skip
-            key = answer.app if by_app else ""
-            prediction = mind.predict(answer.model, key, sight)
-            out[at] = prediction.median
-            past[at] = np.exp(prediction.anchor)
+        if chosen:
+            _teach(mind, scorer, chosen, window, by_app)
+        for at, answer in enumerate(test):
+            if by_app or answer.model == name:
+                for row, prediction in asked(mind, at):
+                    out[row], past[row] = prediction.median, np.exp(prediction.anchor)
     return out, past
 
 
 def _teach(mind: learning.Learner, scorer: Scorer, answers: Sequence[Answer], window: int, by_app: bool) -> None:
     """Let a learner see answers as serving would: estimates first, the truth afterwards."""
-    if not answers:
-        return
     made = pairs.make(answers, pairs.WINDOWS, window=window)
-    embedding = scorer.embeddings(answers, made)
-    said, reduced = scorer(answers, made, embedding), _reduced(scorer, embedding)
-    order = np.argsort(made.answer, kind="stable")
-    starts = np.searchsorted(made.answer[order], np.arange(len(answers) + 1))
+    asked = _Asked(scorer, answers, made, scorer(answers, made, scorer.embeddings(answers, made)), by_app)
     for at, answer in enumerate(answers):
-        key = answer.app if by_app else ""
-        seen = []
-        for row in order[starts[at] : starts[at + 1]].tolist():
+        seen = [prediction for _, prediction in asked(mind, at)]
+        mind.learn(answer.model, asked.key(answer), seen, answer.tokens, complete=answer.complete)
+
+
+class _Asked:
+    """What a learner says of an answer, window after window."""
+
+    def __init__(self, scorer: Scorer, answers: Sequence[Answer], made: Pairs, said: Floats, by_app: bool) -> None:
+        self._answers, self._made, self._by_app = answers, made, by_app
+        self._shipped = np.log(said)
+        self._reduced = _reduced(scorer, scorer.embeddings(answers, made))
+        self._starts = np.searchsorted(made.answer, np.arange(len(answers) + 1))
+
+    def key(self, answer: Answer) -> str:
+        """The application, as the learner knows it."""
+        return answer.app if self._by_app else ""
+
+    def __call__(self, mind: learning.Learner, at: int) -> list[tuple[int, learning.Prediction]]:
+        """(row, prediction) for every pair of one answer; later ones know the first, as in serving."""
+        answer, made = self._answers[at], self._made
+        seen: list[tuple[int, learning.Prediction]] = []
+        for row in range(int(self._starts[at]), int(self._starts[at + 1])):
             sight = learning.Sight(
-                int(made.attained[row]), None, float(np.log(said[row])), made.features[row].tolist(),
-                None if reduced is None else reduced[row],
-            )  # fmt: skip
-            seen.append(mind.predict(answer.model, key, sight))
-        mind.learn(answer.model, key, seen, answer.tokens, complete=answer.complete)
+                int(made.attained[row]),
+                None,
+                float(self._shipped[row]),
+                made.features[row].tolist(),
+                None if self._reduced is None else self._reduced[row],
+                seen[0][1].whole if seen else None,
+            )
+            seen.append((row, mind.predict(answer.model, self.key(answer), sight)))
+        return seen
 
 
 def _reduced(scorer: Scorer, embedding: Floats) -> Any:
