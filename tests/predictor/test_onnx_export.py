@@ -18,6 +18,8 @@ from elis_gateway.predictor import features, manifest  # noqa: E402
 from onnx_export import encode, evaluate, export, graphs, networks, pairs, records, show, train  # noqa: E402
 from onnx_export.records import Answer  # noqa: E402
 
+pytestmark = pytest.mark.timeout(600)  # importing torch and transformers takes minutes on a crowded machine
+
 WORDS = ("bread", "glacier", "train", "river", "piano", "lamp", "stone", "cloud", "tiger", "paper", "green", "seven")
 SHARED = Path(__file__).parents[3] / "shared"
 
