@@ -194,6 +194,9 @@ def verdict(experiment: Experiment, arms: Mapping[str, Arm]) -> list[str]:
         if found is None:
             continue
         if difference.arm.endswith(f" {AGAIN}"):
+            if found.half_width == float("inf"):
+                said.append(f"A/A: one seed tells no noise from a difference (mean JCT {ratio(found)} of itself)")
+                continue
             told = "differ more than chance allows: do not trust this comparison" if found.differs else "do not differ"
             said.append(f"A/A: two runs of {difference.base} {told} (mean JCT {ratio(found)})")
         elif found.half_width == float("inf"):

@@ -25,6 +25,7 @@ from loadtest.live import Screen, Watch
 from loadtest.options import Work
 from loadtest.records import Row, Run
 from loadtest.runner import Stop
+from loadtest.tables import verdict
 from loadtest.workload import Request, Seeds, Workload, azure
 from tests.gateway.world import paced, world
 
@@ -180,6 +181,7 @@ async def test_a_comparison_through_a_live_gateway(tmp_path: Path) -> None:
     store.write(tmp_path, experiment)
     assert [len(run.rows) for run in store.read(tmp_path).runs] == [30, 30, 30]
     assert "completed, mean JCT" in out.getvalue()
+    assert any("one seed tells no noise" in line for line in verdict(experiment, experiment.arms()))
 
 
 async def test_a_plain_server_is_measured_as_it_is(tmp_path: Path) -> None:
