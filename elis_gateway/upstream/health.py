@@ -18,13 +18,15 @@ _EAGER = 0.25
 _PAUSE = 0.5
 """Seconds a shedding upstream is left alone when it does not say for how long."""
 _LONGEST_PAUSE = 60.0
+_SHORT_ABSENCE = 3.0
+"""Seconds: whoever is back sooner was not started anew, and needs no slow start."""
 _DOWN_AT_ONCE = frozenset({"connect", "reset", "dns", "tls"})
 
 
 class Health:
     """Starts unknown, which is not in service; the first good probe is enough to begin with."""
 
-    __slots__ = ("_bad", "_good", "_held_until", "_settings", "_wait", "breaker", "cause", "known", "up")
+    __slots__ = ("_bad", "_down_at", "_good", "_held_until", "_settings", "_wait", "breaker", "cause", "known", "up")
 
     def __init__(self, settings: config.Health) -> None:
         self._settings = settings
@@ -36,6 +38,7 @@ class Health:
         """Why it is not up; ``""`` while it is."""
         self._good = 0
         self._bad = 0
+        self._down_at = 0.0
         self._held_until = 0.0
         self._wait = _EAGER
 
@@ -53,7 +56,7 @@ class Health:
             if not self.up and (not self.known or self._good >= self._settings.up_after):
                 self.up = True
                 self.cause = ""
-                if self.known:
+                if self.known and now - self._down_at >= _SHORT_ABSENCE:
                     self.breaker.begin_slowly(now)
                 self._wait = _EAGER
             self.known = True
@@ -63,7 +66,7 @@ class Health:
         if not self.up:
             self.cause = cause
         elif self._bad >= self._settings.down_after:
-            self._go_down(cause)
+            self._go_down(cause, now)
 
     def failed(self, error: UpstreamError, now: float) -> None:
         """A call failed."""
@@ -74,9 +77,12 @@ class Health:
             elif error.status >= 500:
                 self.breaker.failed(now)
             return
+        if not self.up:
+            # The rest of what it took with it when it went down says nothing new.
+            return
         self.breaker.failed(now)
-        if error.cause in _DOWN_AT_ONCE and self.up:
-            self._go_down(error.cause)
+        if error.cause in _DOWN_AT_ONCE:
+            self._go_down(error.cause, now)
 
     def succeeded(self, now: float, *, begun: bool = False) -> bool:
         """A call went well, or has ``begun`` well. True: that changes how many may be sent."""
@@ -103,8 +109,9 @@ class Health:
         self._wait = min(self._wait * 2.0, self._settings.interval)
         return wait
 
-    def _go_down(self, cause: str) -> None:
+    def _go_down(self, cause: str, now: float) -> None:
         self.up = False
+        self._down_at = now
         self.cause = cause
         self._good = 0
         self._wait = _EAGER

@@ -100,5 +100,14 @@ def test_after_an_absence_it_gets_its_slots_back_slowly() -> None:
     assert health.allowed(4, 0.0) == 4
     health.failed(RESET, 1.0)
     for _ in range(2):
-        health.probed(True, now=2.0)
-    assert [health.allowed(4, now) for now in (2.0, 3.5, 5.5, 6.0)] == [1, 2, 4, 4]
+        health.probed(True, now=12.0)
+    assert [health.allowed(4, now) for now in (12.0, 13.5, 15.5, 16.0)] == [1, 2, 4, 4]
+
+
+def test_one_torn_connection_costs_no_slow_start_and_many_count_once() -> None:
+    health = up(slow_start=4.0, break_after=3)
+    for _ in range(8):
+        health.failed(RESET, 1.0)
+    for _ in range(2):
+        health.probed(True, now=1.5)
+    assert health.allowed(4, 1.5) == 4
