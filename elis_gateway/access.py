@@ -21,7 +21,7 @@ from elis_gateway import config
 from elis_gateway.errors import ClientError, Forbidden, ModelNotFound, Overloaded, Unauthorized
 from elis_gateway.flight import Flight, Observer
 
-__all__ = ["CREDENTIALS", "Door", "Grant", "hashed", "matches", "new_key", "presented"]
+__all__ = ["CREDENTIALS", "Door", "Grant", "Rounds", "hashed", "matches", "new_key", "presented"]
 
 CREDENTIALS = ("Authorization", "api-key", "x-api-key")
 """Request headers in which a client may say who it is."""
@@ -243,7 +243,7 @@ class Door(Observer):
             grant.tag = start + self._usual / grant.settings.weight
         return rank * _CLASS + int(start / self._round)
 
-    def slice_began(self, flight: Flight, upstream: str) -> None:
+    def serving(self, flight: Flight) -> None:
         """Somebody is served: nobody can begin in an earlier round any more."""
         if self._round is not None:
             self._now_served = max(self._now_served, float(flight.spec.rank % _CLASS) * self._round)
@@ -332,3 +332,14 @@ class Door(Observer):
             }
             for grant in self._grants.values()
         ]
+
+
+class Rounds(Observer):
+    """Tells the door of every call that begins: only fair sharing wants to know."""
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+
+    def slice_began(self, flight: Flight, upstream: str) -> None:
+        """An upstream call is about to be made."""
+        self._door.serving(flight)

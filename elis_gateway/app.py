@@ -19,7 +19,7 @@ from aiohttp import web
 
 from elis_gateway import build
 from elis_gateway import config as config_module
-from elis_gateway.access import Door
+from elis_gateway.access import Door, Rounds
 from elis_gateway.admin import make_admin_app
 from elis_gateway.config import Config, ExternalPolicy
 from elis_gateway.config import Scheduler as SchedulerSection
@@ -127,6 +127,8 @@ class Gateway:
         )
         self._live = Live(self.core, lambda: self.flights, time.time() - self._loop.time())
         observers: list[Observer] = [self.door, self._intake, self.metrics, self.journal, self._live]
+        if scheduler.fair:
+            observers.append(Rounds(self.door))
         if self._traffic_log is not None:
             observers.append(self._traffic_log)
         if self._tracer is not None:
