@@ -22,9 +22,11 @@ __all__ = ["Batcher", "Busy"]
 T = TypeVar("T")
 R = TypeVar("R")
 
-_SMOOTH = 0.1
+_SMOOTH = 0.2
 _ALWAYS = 2
-"""Batches that may wait whatever the pace: the first ones have none to go by."""
+"""Batches that may wait whatever the pace: a single slow one must not shut the door."""
+_GUESS = 0.02
+"""Seconds a batch takes, before the first was seen."""
 
 
 class Busy(RuntimeError):
@@ -60,7 +62,7 @@ class Batcher(Generic[T, R]):
     async def ask(self, what: T) -> R:
         """Raises Busy, or what ``work`` raised."""
         batches = len(self._waiting) // self.max_batch + 1
-        if batches > _ALWAYS and (self.pace is None or batches * self.pace > self.patience):
+        if batches > _ALWAYS and batches * (self.pace or _GUESS) > self.patience:
             raise Busy(f"{len(self._waiting)} are waiting")
         answer: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         with self._wake:

@@ -104,6 +104,15 @@ async def test_a_queue_that_would_take_longer_than_patience_is_not_joined(worker
     batcher.close()
 
 
+async def test_the_first_burst_is_not_refused_for_want_of_a_pace(worker: Worker) -> None:
+    batcher: Batcher[int, int] = Batcher(worker, max_batch=1, patience=10.0)
+    asked = [start(batcher.ask(n)) for n in range(12)]
+    await asyncio.sleep(0)
+    worker.let.release(12)
+    assert await asyncio.gather(*asked) == [2 * n for n in range(12)]
+    batcher.close()
+
+
 async def test_a_failure_reaches_its_batch_and_no_other(worker: Worker) -> None:
     batcher: Batcher[int, int] = Batcher(worker, max_batch=1, patience=60.0)
     worker.let.release(2)
