@@ -2,9 +2,10 @@
 
     python -m benchmarks.clients --python ENV/bin/python --node FOLDER --output benchmarks/results/clients.json
 
-``ENV`` is a scratch environment with ``litellm langchain-openai llama-index-llms-openai-like anthropic openai``;
-``FOLDER`` one in which ``npm install openai`` was run. The engine is the embedded one, behind windows of seven tokens,
-so every answer has seams; each client's text, streamed and not, has to be what the engine says by itself.
+``ENV`` is a scratch environment with one or more of ``openai litellm langchain-openai llama-index-llms-openai-like``
+(their requirements clash: give several); ``FOLDER`` is one in which ``npm install openai`` was run. The engine is the
+embedded one, behind windows of seven tokens, so every answer has seams; each client's text, streamed and not, has to be
+what the engine says by itself.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def told(argv: list[str], folder: Path) -> str:
     return subprocess.run(argv, cwd=folder, capture_output=True, text=True, check=False).stdout
 
 
-async def everything(python: Path | None, node: Path | None, say: Callable[[str], None]) -> list[dict[str, Any]]:
+async def everything(pythons: list[Path], node: Path | None, say: Callable[[str], None]) -> list[dict[str, Any]]:
     config = ServerConfig(port=0, delay=False, language=Language(lengths=Lengths(kind="constant", mean=45)))
     rows: list[dict[str, Any]] = []
     async with SimServer(config) as engine:
@@ -140,9 +141,11 @@ async def everything(python: Path | None, node: Path | None, say: Callable[[str]
             gate = await asyncio.to_thread(context.__enter__)
             try:
                 commands: dict[str, tuple[list[str], Path, list[str]]] = {}
-                if python is not None:
+                for python in pythons:
                     for client, script in PYTHON.items():
                         package = "llama-index-llms-openai-like" if client.startswith("llama") else client
+                        if not await asyncio.to_thread(told, [str(python), "-c", VERSIONS, package], folder):
+                            continue
                         commands[client] = (
                             [str(python), "-c", script], folder, [str(python), "-c", VERSIONS, package],
                         )  # fmt: skip
@@ -163,19 +166,14 @@ async def everything(python: Path | None, node: Path | None, say: Callable[[str]
 
 
 @click.command()
-@click.option(
-    "--python",
-    type=click.Path(exists=True, path_type=Path),
-    callback=lambda _c, _p, path: path and path.absolute(),
-    help="Of an environment with the clients.",
-)
+@click.option("--python", "pythons", multiple=True, type=click.Path(exists=True, path_type=Path))
 @click.option(
     "--node", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Where openai is installed."
 )
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path))
-def main(python: Path | None, node: Path | None, output: Path | None) -> None:
+def main(pythons: tuple[Path, ...], node: Path | None, output: Path | None) -> None:
     """Run them all, print and store what they saw."""
-    rows = asyncio.run(everything(python, node, click.echo))
+    rows = asyncio.run(everything([python.absolute() for python in pythons], node, click.echo))
     if output is not None:
         output.write_text(json.dumps({"date": time.strftime("%Y-%m-%d"), "clients": rows}, indent=2) + "\n")
     raise SystemExit(any(row["error"] or not all(row["equal"].values()) for row in rows))
