@@ -440,6 +440,7 @@ async def run(requests: int, seed: int, *, at_once: int, tokens_per_second: floa
         "all_accounted_for": verdict.ended() == requests + 400,
         "left_over": after,
         "bugs_in_the_log": log.count("Traceback"),
+        "first_bug": log[max(log.find("Traceback") - 300, 0) :][:3000] if "Traceback" in log else "",
         **facts,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared",
     }
