@@ -94,8 +94,8 @@ the operator trusts to continue a text; never chosen by itself.
 
 ## Compared
 
-`benchmarks/conformance.py` sends the surface to a real vLLM 0.32 (CPU build, float32, SmolLM2-135M) directly and through
-the gateway and compares every field of every document and of every stream's joined events, ids, timestamps and cached
+`benchmarks/conformance.py` sends the surface to a real vLLM 0.32 (CPU build, float32, SmolLM2-135M) directly and via
+the gateway, and compares every field of every document and of every stream's joined events, ids, timestamps, cached
 tokens aside, log-probabilities within 0.002. Answers of 10 tokens, on a machine busy with other work:
 
 - All 321 requests at windows of 3 tokens (`benchmarks/results/conformance-vllm.json`): 310 equal; 4 equal when asked
@@ -104,8 +104,8 @@ tokens aside, log-probabilities within 0.002. Answers of 10 tokens, on a machine
   that vLLM puts into a stream that has begun come with their status.
 - 84 of them, those of continuous integration, at windows of 1, 3, 50 tokens and elastic with 192 preemptions
   (`conformance-vllm-subset.json`): 336 of 336 equal.
-- The official Python and JavaScript clients and LangChain's, unmodified, on answers with a seam at every seventh token:
-  `benchmarks/clients.py`, `benchmarks/results/clients.json`.
+- The official Python and JavaScript clients, LangChain's, LlamaIndex's and litellm, unmodified, on answers with a seam
+  at every seventh token: `benchmarks/clients.py`, `benchmarks/results/clients.json`.
 - What a chunk costs, against the tree before: `benchmarks/wire_speed.py`, `benchmarks/results/wire-speed.json`.
 """
 
