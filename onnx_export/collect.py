@@ -16,7 +16,7 @@ from pathlib import Path
 from elis_gateway.errors import ConfigError
 from onnx_export.records import SPLITS, Answer, Raw
 
-__all__ = ["Counter", "Tokens", "collect", "grouped", "split_of"]
+__all__ = ["Tokens", "collect", "grouped", "split_of"]
 
 _TEMPLATE = 80
 """Prompts that begin with the same so many characters are taken for one template's."""
