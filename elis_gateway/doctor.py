@@ -38,6 +38,8 @@ _RAMP_TIME = 60.0
 """Seconds the whole ramp may take."""
 _ADMIN_KEY = "ELIS_ADMIN_KEY"
 _WINDOW, _WINDOWS, _ATTEMPTS = 50, 4, 3
+_PATIENCE = 60.0
+"""Seconds that a small chat may take."""
 _RUNG = 1.5
 """Seconds that one call of the ramp should take."""
 _ALIKE = 0.10
@@ -206,7 +208,7 @@ async def _ramp(upstream: HttpUpstream, found: Findings) -> None:
         try:
             running = await _while_all_run(upstream, bodies, calls, deadline)
         except (UpstreamError, TimeoutError) as error:
-            found.notes.append(f"The ramp ended at {at_once} calls at once: {error or 'it took too long'}.")
+            found.notes.append(f"The ramp ended at {at_once} calls at once: {str(error) or 'it took too long'}.")
             return
         found.tried = at_once
         done = [c for c in calls if c.started is not None and c.ended is not None and c.tokens > 1]
@@ -280,7 +282,7 @@ async def _seam(upstream: HttpUpstream, found: Findings) -> None:
             sliced = time.perf_counter() - began
             costs.append((sliced - alone) / (_WINDOWS - 1) / (alone / total))
     except (UpstreamError, TimeoutError) as error:
-        found.notes.append(f"The seam was not measured: {error}.")
+        found.notes.append(f"The seam was not measured: {str(error) or 'no answer in time'}.")
         return
     found.seam = max(median(costs), 0.0)
 
@@ -310,12 +312,12 @@ async def _parsers(upstream: HttpUpstream, found: Findings) -> None:
         found.tools = "yes: it answered with a tool call" if message.get("tool_calls") else "accepts tools"
     except UpstreamRefused as error:
         found.tools = f"no: a chat with tools is answered {error.status}"
-    except UpstreamError as error:
-        found.notes.append(f"Chats with tools: {error}.")
+    except (UpstreamError, TimeoutError) as error:
+        found.notes.append(f"Chats with tools: {str(error) or 'no answer in time'}.")
     try:
         message = await _chat(upstream, chat)
-    except UpstreamError as error:
-        found.notes.append(f"Chats are not served: {error}.")
+    except (UpstreamError, TimeoutError) as error:
+        found.notes.append(f"Chats are not served: {str(error) or 'no answer in time'}.")
         return
     if message.get("reasoning") or message.get("reasoning_content"):
         found.reasoning = "yes: reasoning came in a field of its own"
@@ -323,7 +325,7 @@ async def _parsers(upstream: HttpUpstream, found: Findings) -> None:
 
 async def _chat(upstream: HttpUpstream, body: dict[str, Any]) -> dict[str, Any]:
     call = Call("/v1/chat/completions", orjson.dumps(body), False)
-    async with asyncio.timeout(60), upstream.open(call, request_id="doctor") as session:
+    async with asyncio.timeout(_PATIENCE), upstream.open(call, request_id="doctor") as session:
         answer = orjson.loads(await session.whole())
     message: dict[str, Any] = answer["choices"][0]["message"]
     return message

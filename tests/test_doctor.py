@@ -13,6 +13,7 @@ from elis_gateway import doctor
 from elis_gateway.cli import cli
 from elis_gateway.config import Upstream, from_mapping
 from elis_gateway.sim.engine import EngineModel
+from elis_gateway.sim.faults import Fault
 from elis_gateway.sim.server import ServerConfig, SimServer
 from tests.gateway.world import AT_ONCE, paced
 
@@ -49,6 +50,16 @@ async def test_slots_seam_and_what_it_can_do() -> None:
     told = "\n".join(doctor.report(found))
     assert "continued exactly" in told
     assert "for your traffic to say" in told
+
+
+async def test_an_engine_that_never_answers_chats_is_still_examined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_PATIENCE", 0.2)
+    async with SimServer(engine(1, token_ids=False)) as server:
+        server.faults.add(Fault("hang", times=None, path="/v1/chat/completions"))
+        settings = Upstream.model_validate({"url": server.url, "slots": 1})
+        found = await doctor.examine(settings, configured=False, say=lambda what: None)
+    assert "Chats are not served: no answer in time." in found.notes
+    assert found.slots == 1
 
 
 async def test_slots_that_the_engine_has_not_are_called_wrong() -> None:

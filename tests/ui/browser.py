@@ -27,7 +27,7 @@ _FLAGS = (
     "--no-first-run", "--disable-dev-shm-usage", "--disable-extensions", "--disable-component-update",
     "--no-default-browser-check", "--hide-scrollbars", "--remote-debugging-port=0",
 )  # fmt: skip
-_PATIENCE = 30.0
+_PATIENCE = 60.0
 
 
 class Page:
@@ -72,7 +72,7 @@ class Page:
         assert "exceptionDetails" not in told, told
         return told["result"].get("value")
 
-    async def until(self, code: str, *, within: float = 20.0) -> Any:
+    async def until(self, code: str, *, within: float = 60.0) -> Any:
         """Wait until an expression is true."""
         async with asyncio.timeout(within):
             while not (value := await self.run(code)):
