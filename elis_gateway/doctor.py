@@ -336,7 +336,8 @@ async def _chat(upstream: HttpUpstream, body: dict[str, Any]) -> dict[str, Any]:
 
 async def _gateway_load(admin: config.Admin) -> Load | None:
     """Of the gateway that runs with this configuration, if one does."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(admin.host, admin.host)
+    # Asked, not bound.
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(admin.host, admin.host)  # nosec B104
     scheme = "https" if admin.tls.cert is not None else "http"
     key = _ADMIN_KEY if os.environ.get(_ADMIN_KEY) else None
     settings = config.Upstream.model_validate(
