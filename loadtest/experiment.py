@@ -196,6 +196,11 @@ class Live:
                 "a live gateway knows only what its predictor knows: use predictor.kind oracle for perfect"
             )
         if planned.setting != AS_IT_IS:
+            if setting(planned.setting).tail is not None:
+                raise ConfigError(
+                    f"{planned.setting}: the tail promise of a running gateway cannot be switched; set scheduler.tail "
+                    "in its configuration and compare stored runs"
+                )
             if self._steering is None:
                 raise ConfigError("to switch the gateway between runs its admin listener is needed: --admin URL")
             about["policy"] = await self._steering.use(ordering(setting(planned.setting, window=self._window)))

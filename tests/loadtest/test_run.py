@@ -19,7 +19,7 @@ from elis_gateway.sim.engine import EngineModel
 from loadtest import run as running
 from loadtest import runner, store
 from loadtest.compare import contrast
-from loadtest.experiment import Experiment, Simulated, conduct, plan
+from loadtest.experiment import Experiment, Live, Simulated, conduct, plan
 from loadtest.knowledge import Knowledge
 from loadtest.live import Screen, Watch
 from loadtest.options import Work
@@ -182,6 +182,14 @@ async def test_a_comparison_through_a_live_gateway(tmp_path: Path) -> None:
     assert [len(run.rows) for run in store.read(tmp_path).runs] == [30, 30, 30]
     assert "completed, mean JCT" in out.getvalue()
     assert any("one seed tells no noise" in line for line in verdict(experiment, experiment.arms()))
+
+
+@pytest.mark.parametrize(("name", "said"), [("isrtf-tail", "cannot be switched"), ("perfect", "oracle")])
+async def test_a_setting_that_a_running_gateway_cannot_take_is_refused(name: str, said: str) -> None:
+    live = Live(lambda _: pytest.fail("nothing is sent"), None, window=50)
+    (planned,) = plan([name], [0], None)
+    with pytest.raises(ConfigError, match=said):
+        await live.make(planned, Workload((), {}), Stop())
 
 
 async def test_a_plain_server_is_measured_as_it_is(tmp_path: Path) -> None:
