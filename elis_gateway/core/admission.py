@@ -50,8 +50,10 @@ class Alarms:
 
     def next(self) -> float | None:
         """The earliest alarm."""
+        if not (self._waits or self._unavailable or self._deadlines):
+            return None
         times = [q[0][0] for q in (self._waits, self._unavailable, self._deadlines) if q]
-        return min(times) if times else None
+        return min(times)
 
     def due(self, now: float) -> list[tuple[str, Reason]]:
         """Take every alarm that has fallen due, in order."""

@@ -229,6 +229,8 @@ class Scheduler:
         queues = [p.queue for p in self.pools.values()] + [u.queue for u in self.upstreams.values()]
         for queue in queues:
             for job in queue.jobs():
+                if job.state is not _READY:
+                    continue  # a new key before its own has let it start
                 self._slots.rekey(job, now)
                 if self._slots.estimates and job.estimate is None:
                     self._slots.actions.append(AskEstimate(job))
@@ -321,9 +323,7 @@ class Scheduler:
         if held is not None:
             self._slots.fill(held, now)
         if job.avoid is not None:
-            # A slot may have been left free because the job next in line had just failed there.
-            for upstream in job.pool.upstreams:
-                self._slots.fill(upstream, now)
+            self._slots.fill_elsewhere(job, now)
 
     def _finish(self, job: Job, outcome: Outcome, cause: str, now: float) -> None:
         in_flight = job.state is _RUNNING and job.slice is not None

@@ -119,6 +119,9 @@ class Slots:
         queue = self._room.queue_of(job)
         queue.discard(job)
         self._push(job, queue, now)
+        self.fill_elsewhere(job, now)
+        if job.state is not _READY:
+            return
         if self.elastic:
             self._make_yield(self._room.yields_to(job, job.pool, now))
 
@@ -149,6 +152,14 @@ class Slots:
                 return
             room.queue_of(job).discard(job)
             self._start(job, upstream, now, head.key if head.late else self.policy.key(job, job.pool, now))
+            if job.avoid is not None:
+                self.fill_elsewhere(job, now)
+
+    def fill_elsewhere(self, job: Job, now: float) -> None:
+        """``job`` is no longer next in line where it had just failed: a slot left free there is another's now."""
+        for upstream in job.pool.upstreams:
+            if upstream.free > 0:
+                self.fill(upstream, now)
 
     def _start(self, job: Job, upstream: Upstream, now: float, key: float) -> None:
         spec = job.spec

@@ -204,8 +204,9 @@ class WaitingRoom:
         found: list[Running] = []
         head = self.best_for(upstream, now)
         if head is not None and upstream.free <= 0:
-            worst = max(queued, key=lambda r: (r.job.spec.rank, r.key))
-            if self._deserves(head, worst):
+            others = [r for r in queued if not self._is_overdue_beside(r.job, head, now)]
+            worst = max(others, key=lambda r: (r.job.spec.rank, r.key), default=None)
+            if worst is not None and self._deserves(head, worst):
                 found.append(worst)
         victim, first = upstream.victim(now), queued[0]
         if victim is not None and first not in found:
@@ -213,6 +214,11 @@ class WaitingRoom:
             if self._deserves(sent, victim):
                 found.append(victim)
         return found
+
+    @staticmethod
+    def _is_overdue_beside(job: Job, head: Head, now: float) -> bool:
+        """Would ``job``, taken back from the engine's queue, be next in line again, before ``head``?"""
+        return job.due is not None and job.due <= now and job.spec.rank == head.rank
 
     def _is_ahead(self, head: Head, victim: Running) -> bool:
         """Is the waiting job's key better than ``victim``'s by more than the seam costs? A higher class always is."""

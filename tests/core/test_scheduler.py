@@ -267,6 +267,17 @@ class TestEngineOrdered:
         assert s.end("a", SliceEnd.PREEMPTED, 40) == ["run a on u"]
         assert s.started("b") == []
 
+    def test_an_overdue_call_in_the_engines_queue_is_not_taken_back(self):
+        s = Stage(overcommit=1, orders=True, tail=1.25)
+        s.scheduler.pools["m"].shadow.p99.value = 100.0
+        s.submit("a", 5)
+        s.started("a")
+        assert s.submit("b", 500) == ["ask b", "run b on u"]
+        assert s.submit("c", 10) == ["ask c", "preempt b"]
+        # Now b is overdue and next in line: to take it back for c would go on for ever.
+        assert s.end("b", SliceEnd.PREEMPTED, 0) == ["run b on u"]
+        assert s.at(1.0).submit("d", 10, rank=-1) == ["ask d", "preempt b"], "classes stand above the promise"
+
     def test_never_more_calls_than_slots_and_overcommit(self):
         s = Stage(slots=2, overcommit=2, orders=True)
         for i in range(10):
@@ -293,6 +304,22 @@ class TestUpstreams:
         s.submit("c")
         assert s.end("a", SliceEnd.INTERRUPTED, 0) == []
         assert s.cancel("a") == ["cancelled a", "run c on u"]
+
+    def test_so_it_is_when_that_head_starts_elsewhere(self):
+        s = Stage(FCFS(), upstreams=("u", "v"))
+        s.submit("a")
+        s.at(1.0).submit("b")
+        s.submit("c")
+        assert s.end("a", SliceEnd.INTERRUPTED, 0) == []
+        assert s.finish("b") == ["completed b", "run a on v", "run c on u"]
+
+    def test_so_it_is_when_somebody_overtakes_that_head(self):
+        s = Stage(SJF(), upstreams=("u", "v"))
+        s.submit("a", 10)
+        s.submit("b", 20)
+        s.submit("c", 30)
+        assert s.end("a", SliceEnd.INTERRUPTED, 0) == []
+        assert s.estimate("c", 5) == ["run c on u"]
 
     def test_an_interrupted_job_continues_elsewhere_with_what_it_has(self):
         s = Stage(upstreams=("u", "v"), slots=1)
