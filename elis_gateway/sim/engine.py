@@ -55,6 +55,10 @@ class Event(NamedTuple):
     at: float
 
 
+_new_event = tuple.__new__
+"""``Event(...)`` without the detour through Python that a named tuple's constructor takes."""
+
+
 @dataclass(slots=True)
 class Totals:
     """What the engine did, since it was made."""
@@ -118,6 +122,9 @@ class Engine:
         self.model = model
         self.totals = Totals()
         self._slots = model.slots
+        self._orders = model.orders
+        self._seam = model.seam_tokens
+        self._prefill = model.prefill_tokens_per_second
         self._kv = model.kv_tokens
         self._rates = [0.0] + [model.rate(batch) for batch in range(1, model.slots + 1)]
         self._at = now
@@ -173,10 +180,11 @@ class Engine:
             raise ValueError(f"call {call_id!r} is in progress")
         if self._kv is not None and prompt_tokens + output_tokens > self._kv:
             raise ValueError(f"{prompt_tokens} + {output_tokens} tokens do not fit into {self._kv}")
-        self._run_to(now)
+        if now > self._at or self._kv is not None:
+            self._run_to(now)
         self._seq += 1
         self.totals.calls += 1
-        key = priority if self.model.orders else 0
+        key = priority if self._orders else 0
         call = _Call(call_id, self._seq, key, prompt_tokens, cached_tokens, output_tokens, mark_every)
         if not self._queue and len(self._calls) < self._slots and self._fits(call):
             self._admit(call)
@@ -232,7 +240,7 @@ class Engine:
     def next_event(self) -> float | None:
         """When to ``advance`` next; None: never, without further input. An eviction is such a time, too."""
         if self._events:
-            return self._events[0].at
+            return self._events[0][3]
         due = self._due if self._due >= 0 else self._next()
         return None if due == inf else due
 
@@ -252,10 +260,10 @@ class Engine:
         if heap:
             mark = heap[0][0] if self._kv is None else min(heap[0][0], self._memory_mark())
             at = self._at if self._at > self._stalled else self._stalled
-            self._due = at + (mark - self._service) / self._rate
-        else:
-            self._due = inf
-        return self._due
+            self._due = due = at + (mark - self._service) / self._rate
+            return due
+        self._due = inf
+        return inf
 
     def _memory_mark(self) -> float:
         """The service at which the memory is full; a sequence alone always fits."""
@@ -266,7 +274,8 @@ class Engine:
 
     def _run_to(self, now: float) -> None:
         while (due := self._due if self._due >= 0 else self._next()) <= now:
-            self._elapse(due)
+            if due > self._at:
+                self._elapse(due)
             self._due = -1.0
             mark, _, call = self._heap[0]
             if self._kv is not None and (full := self._memory_mark()) < mark:
@@ -279,10 +288,8 @@ class Engine:
             self._elapse(now)
 
     def _elapse(self, to: float) -> None:
-        """Let time pass in which nothing happens."""
+        """Let time pass in which nothing happens; ``to`` lies ahead."""
         span = to - self._at
-        if span <= 0:
-            return
         batch = len(self._calls)
         if batch:
             totals = self.totals
@@ -299,9 +306,9 @@ class Engine:
         tokens = call.target
         if not call.announced:
             call.announced = True
-            self._events.append(Event(STARTED, call.id, tokens, at))
+            self._events.append(_new_event(Event, (STARTED, call.id, tokens, at)))
         if tokens == call.output:
-            self._events.append(Event(ENDED, call.id, tokens, at))
+            self._events.append(_new_event(Event, (ENDED, call.id, tokens, at)))
             heappop(self._heap)
             del self._calls[call.id]
             call.gone = True
@@ -310,7 +317,7 @@ class Engine:
             self._fill()
             return
         if tokens == call.mark and call.every:
-            self._events.append(Event(MARK, call.id, tokens, at))
+            self._events.append(_new_event(Event, (MARK, call.id, tokens, at)))
             call.mark += call.every
         call.target = call.mark if call.mark < call.output else call.output
         heapreplace(self._heap, (call.zero + call.target, call.seq, call))
@@ -326,16 +333,15 @@ class Engine:
 
     def _admit(self, call: _Call) -> None:
         """Put a call into the batch. The caller sets the rate afterwards."""
-        model = self.model
         self._calls[call.id] = call
         batch = len(self._calls)
-        start = model.seam_tokens
-        if model.prefill_tokens_per_second is not None:
+        start = self._seam
+        if self._prefill is not None:
             uncached = call.prompt + call.tokens - call.cached
             if uncached > 0:
                 self.totals.prefilled += uncached
-                seconds = uncached / model.prefill_tokens_per_second
-                if model.prefill_stalls:
+                seconds = uncached / self._prefill
+                if self.model.prefill_stalls:
                     self._stalled = max(self._stalled, self._at) + seconds
                 else:
                     start += seconds * self._rates[batch]

@@ -16,7 +16,7 @@ from heapq import heappop, heappush
 from math import inf
 from typing import NamedTuple
 
-from elis_gateway.core.actions import Abort, Action, AskEstimate, Finish, Preempt, Run
+from elis_gateway.core.actions import Action, AskEstimate, Finish, Run
 from elis_gateway.core.job import Job, JobSpec, JobState, Outcome
 from elis_gateway.core.placement import UpstreamInfo
 from elis_gateway.core.scheduler import Scheduler
@@ -25,6 +25,11 @@ from elis_gateway.predictor.base import Predictor, View
 from elis_gateway.sim.engine import MARK, STARTED, Engine, Event, PrefixCache, Totals
 
 __all__ = ["Outage", "Record", "Result", "SimJob", "simulate"]
+
+
+_FINISHED, _WINDOW = SliceEnd.FINISHED, SliceEnd.WINDOW
+_new = tuple.__new__
+"""A named tuple without the detour through Python that its constructor takes."""
 
 
 class SimJob(NamedTuple):
@@ -228,7 +233,8 @@ class _Simulation:
 
     def _run(self) -> float:
         workload, scheduler, timers, records = self._workload, self._scheduler, self._timers, self._records
-        engines = [upstream.engine for upstream in self._upstreams.values()]
+        engines = [(upstream.engine.next_event, upstream.engine) for upstream in self._upstreams.values()]
+        next_deadline = scheduler.next_deadline
         total, index = len(workload), 0
         arrival = workload[0].arrival if total else inf
         now = 0.0
@@ -236,13 +242,13 @@ class _Simulation:
         while len(records) < total:
             at = arrival
             source: object = None
-            deadline = scheduler.next_deadline()
+            deadline = next_deadline()
             if deadline is not None and deadline <= at:
                 at, source = deadline, scheduler
             if timers and timers[0][0] <= at:
                 at, source = timers[0][0], timers
-            for engine in engines:
-                due = engine.next_event()
+            for next_event, engine in engines:
+                due = next_event()
                 if due is not None and due <= at:
                     at, source = due, engine
             if at == inf:
@@ -269,10 +275,13 @@ class _Simulation:
         return now
 
     def _advance(self, engine: Engine, now: float) -> None:
-        for event in engine.advance(now):
-            if self._delay:
+        events = engine.advance(now)
+        if self._delay:
+            for event in events:
                 self._at(event.at + self._delay, self._deliver, event)
-            elif actions := self._deliver(event, now):
+            return
+        for event in events:
+            if actions := self._deliver(event, now):
                 self._perform(actions, now)
 
     def _at(self, at: float, act: Callable[..., list[Action]], *args: object) -> None:
@@ -282,19 +291,13 @@ class _Simulation:
     # ---- inputs of the scheduler ------------------------------------------------------------------------------
 
     def _arrive(self, asked: SimJob, now: float) -> None:
-        spec = JobSpec(
-            asked.id,
-            asked.model,
-            asked.app,
-            asked.prompt,
-            asked.prompt_tokens,
-            asked.limit,
-            asked.rank,
-            None if asked.deadline is None else now + asked.deadline,
-            asked.sliceable,
-            asked.conversation,
-            _Life(asked, [] if self._predictions else None),
-        )
+        deadline = None if asked.deadline is None else now + asked.deadline
+        life = _Life(asked, [] if self._predictions else None)
+        spec = _new(
+            JobSpec,
+            (asked.id, asked.model, asked.app, asked.prompt, asked.prompt_tokens, asked.limit, asked.rank, deadline,
+             asked.sliceable, asked.conversation, life),
+        )  # fmt: skip
         if asked.patience is not None:
             self._at(now + asked.patience, self._leave, asked.id)
         self._perform(self._scheduler.submit(spec, now), now)
@@ -313,7 +316,7 @@ class _Simulation:
         attained = life.base + tokens
         if kind is MARK:
             return self._scheduler.window_passed(slice_id, attained, now)  # type: ignore[arg-type]
-        return self._end(life, SliceEnd.FINISHED if attained >= life.whole else SliceEnd.WINDOW, attained, now)
+        return self._end(life, _FINISHED if attained >= life.whole else _WINDOW, attained, now)
 
     def _end(self, life: _Life, end: SliceEnd, attained: int, now: float) -> list[Action]:
         slice_id = life.slice.id  # type: ignore[union-attr]
@@ -322,7 +325,7 @@ class _Simulation:
         if cache is not None and attained > life.base:
             asked = life.asked
             cache.store(asked.conversation or asked.id, asked.prompt_tokens + attained)
-        return self._scheduler.slice_ended(slice_id, SliceResult(end, attained), now)
+        return self._scheduler.slice_ended(slice_id, _new(SliceResult, (end, attained, "", None)), now)
 
     def _down(self, name: str, now: float) -> list[Action]:
         upstream = self._upstreams[name]
@@ -346,17 +349,17 @@ class _Simulation:
         for action in actions:
             if observe is not None:
                 observe(now, action)
-            if type(action) is Run:
-                self._start(action.slice, now)
-            elif type(action) is AskEstimate:
-                actions += self._estimate(action.job, now)
-            elif type(action) is Finish:
-                self._finish(action.job, now)
-            elif isinstance(action, Preempt | Abort):
-                if self._delay:
-                    self._at(now + self._delay, self._close, action.slice_id)
-                else:
-                    actions += self._close(action.slice_id, now)
+            kind = type(action)
+            if kind is Run:
+                self._start(action.slice, now)  # type: ignore[union-attr]
+            elif kind is AskEstimate:
+                actions += self._estimate(action.job, now)  # type: ignore[union-attr]
+            elif kind is Finish:
+                self._finish(action.job, now)  # type: ignore[union-attr]
+            elif self._delay:
+                self._at(now + self._delay, self._close, action.slice_id)  # type: ignore[union-attr]
+            else:
+                actions += self._close(action.slice_id, now)  # type: ignore[union-attr]
 
     def _start(self, slice_: Slice, now: float) -> None:
         job = slice_.job
@@ -367,20 +370,23 @@ class _Simulation:
         life.upstream = self._upstreams[slice_.upstream]
         life.sent = False
         if self._delay:
-            self._at(now + self._delay, self._send, slice_.id)
+            self._at(now + self._delay, self._arrived, slice_.id)
         else:
-            self._send(slice_.id, now)
+            self._send(life, slice_, now)
 
-    def _send(self, slice_id: int, now: float) -> list[Action]:
-        life = self._flights.get(slice_id)
-        if life is None:
-            return []
+    def _arrived(self, slice_id: int, now: float) -> list[Action]:
+        """A call reaches its engine, unless it was closed on the way."""
+        if (life := self._flights.get(slice_id)) is not None:
+            self._send(life, life.slice, now)  # type: ignore[arg-type]
+        return []
+
+    def _send(self, life: _Life, slice_: Slice, now: float) -> None:
         life.sent = True
-        slice_, asked = life.slice, life.asked
+        asked = life.asked
         _, engine, cache = life.upstream  # type: ignore[misc]
         prompt = asked.prompt_tokens + life.base
         left = life.whole - life.base
-        _, _, _, limit, window, priority = slice_  # type: ignore[misc]
+        slice_id, _, _, limit, window, priority = slice_
         engine.start(
             slice_id,
             prompt,
@@ -390,7 +396,6 @@ class _Simulation:
             mark_every=window,
             priority=priority,
         )
-        return []
 
     def _close(self, slice_id: int, now: float) -> list[Action]:
         """The engine hears that a call is closed. What it made until then is kept."""
@@ -423,7 +428,7 @@ class _Simulation:
         answer = "" if self._text is None else self._text(asked, attained)
         limit = job.spec.limit
         left = None if limit is None else limit - attained
-        return View(asked.id, asked.model, asked.app, asked.prompt, answer, attained, left)
+        return _new(View, (asked.id, asked.model, asked.app, asked.prompt, answer, attained, left))
 
     def _estimate(self, job: Job, now: float) -> list[Action]:
         predictor = self._predictor
