@@ -35,6 +35,9 @@ import uvloop
 from aiohttp import web
 
 WAYS = ("direct", "bare", "gateway")
+PACED = (200, 50)
+"""Clients at 20 ms a token. 200 are 10,000 chunks a second through stub, proxy and client: on two cores that is where
+the bare proxy itself falls behind. 50 are a load that everybody keeps up with."""
 MODEL = "stub"
 
 # --- the stub engine -------------------------------------------------------------------------------------------------
@@ -350,12 +353,13 @@ async def one_repeat(ports: dict[str, int], seconds: float, figures: dict[str, F
             note(f"chunks/s, 32 clients, {name}", way, (await load(ports[way], 32, seconds, streamed)).chunks)
     get(ports["direct"], "/stub/step/0.02")
     paced = request_bytes(64, stream=True)
-    for way in there_and_back:
-        # Spread over one answer's length, as clients are: 200 that begin in the same millisecond measure the burst.
-        got = await load(ports[way], 200, max(seconds, 2.0) + 1.28, paced, over=1.28)
-        note("TTFT p99, 200 clients, ms", way, quantile(got.firsts, 0.99) * 1e3)
-        note("ITL p50, 200 clients, ms", way, quantile(got.gaps, 0.5) * 1e3)
-        note("ITL p99, 200 clients, ms", way, quantile(got.gaps, 0.99) * 1e3)
+    for clients in PACED:
+        for way in there_and_back:
+            # Spread over one answer's length, as clients are: 200 that begin in the same millisecond measure the burst.
+            got = await load(ports[way], clients, max(seconds, 2.0) + 1.28, paced, over=1.28)
+            note(f"TTFT p99, {clients} clients, ms", way, quantile(got.firsts, 0.99) * 1e3)
+            note(f"ITL p50, {clients} clients, ms", way, quantile(got.gaps, 0.5) * 1e3)
+            note(f"ITL p99, {clients} clients, ms", way, quantile(got.gaps, 0.99) * 1e3)
     get(ports["direct"], "/stub/step/0")
 
 
@@ -436,8 +440,9 @@ def verdicts(figures: dict[str, Figures]) -> list[tuple[str, float, str, bool]]:
         ("chunks/s, 32 clients, burst", 0.4),
     ):
         rows.append((f"{name}, gateway / bare", mid(name, "gateway") / mid(name, "bare"), f">= {least}"))
-    itl = "ITL p99, 200 clients, ms"
-    rows.append((f"{itl}, gateway - bare", mid(itl, "gateway") - mid(itl, "bare"), "<= 1.0"))
+    for clients in PACED:
+        itl = f"ITL p99, {clients} clients, ms"
+        rows.append((f"{itl}, gateway - bare", mid(itl, "gateway") - mid(itl, "bare"), "<= 1.0"))
     found = []
     for name, value, target in rows:
         sign, limit = target.split()

@@ -222,7 +222,11 @@ class Dispatcher:
                 self._perform_one[type(action)](action)
         finally:
             self._performing = False
-        self._arm()
+            if self._queue:
+                # One failed, which is a bug and is raised; the others must not wait for the next input.
+                self._loop.call_soon(self._perform, ())
+            else:
+                self._arm()
 
     def _arm(self) -> None:
         """Have one timer, never later than the next deadline. One too early costs a tick that finds nothing."""

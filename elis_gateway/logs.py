@@ -31,6 +31,8 @@ def setup(level: str = "info", format: str = "text", stream: TextIO | None = Non
     root.setLevel(level.upper())
     logging.getLogger("asyncio").setLevel(logging.WARNING)  # its debug lines are about selectors
     logging.captureWarnings(True)
+    # Nobody reads them from the records, and finding them out costs as much as the rest of making one.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
 def _add_job(record: logging.LogRecord) -> bool:

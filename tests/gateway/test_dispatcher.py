@@ -15,7 +15,7 @@ from elis_gateway.core.placement import UpstreamInfo
 from elis_gateway.core.policy import ISRTF, Policy, make_policy
 from elis_gateway.core.scheduler import Scheduler, SchedulerConfig
 from elis_gateway.dispatcher import Dispatcher, RetryBudget
-from elis_gateway.errors import Overloaded, ShuttingDown, UpstreamRefused, UpstreamUnavailable
+from elis_gateway.errors import GatewayError, Overloaded, ShuttingDown, UpstreamRefused, UpstreamUnavailable
 from elis_gateway.flight import Flight, Leg, Observer
 from elis_gateway.predictor.base import View
 from elis_gateway.predictor.baselines import MaxTokens
@@ -107,6 +107,18 @@ def words(count: int) -> str:
 
 def now() -> float:
     return asyncio.get_running_loop().time()
+
+
+@jumping
+async def test_an_action_that_fails_does_not_hold_up_the_others() -> None:
+    desk = Desk()
+    first, second = desk.submit(10), desk.submit(10)
+    first.describe = lambda flight: orjson.dumps(object()).decode()  # raises when the first job's stream is closed
+    caught: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: caught.append(context))
+    assert await text(second) == words(10), "it had waited for the first one's slot"
+    with pytest.raises(GatewayError):
+        await text(first)
 
 
 @jumping

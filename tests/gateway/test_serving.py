@@ -90,7 +90,11 @@ async def test_a_request_we_cannot_read_is_refused_in_openai_s_form(body: Any, s
 
 
 @pytest.mark.parametrize(
-    ("headers", "param"), [({"X-Elis-Class": "gold"}, "X-Elis-Class"), ({"X-Elis-Deadline": "soon"}, "X-Elis-Deadline")]
+    ("headers", "param"),
+    [
+        ({"X-Elis-Class": "gold"}, "X-Elis-Class"),
+        *(({"X-Elis-Deadline": value}, "X-Elis-Deadline") for value in ("soon", "nan", "inf", "-1", "0")),
+    ],
 )
 async def test_a_header_without_sense_is_refused(headers: dict[str, str], param: str) -> None:
     async with world() as w, w.post(COMPLETIONS, BODIES[COMPLETIONS], **headers) as response:
