@@ -22,6 +22,7 @@ POLICIES: list[Policy] = [
 ]  # fmt: skip
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0.0, 30.0), st.integers(1, 300)), min_size=2, max_size=40),
     st.sampled_from([Aging("linear", a=0.5), Aging("boost", factor=1.0)]),
