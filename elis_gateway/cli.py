@@ -8,6 +8,7 @@ extra is answered with the pip command that brings it.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Coroutine
 from importlib import import_module
 from pathlib import Path
@@ -99,6 +100,9 @@ def serve(path: Path) -> None:
     SIGTERM or Ctrl-C stops it gracefully, SIGHUP reads the configuration again.
     Any key of the file can be overridden by environment: ELIS__SCHEDULER__WINDOW=25.
     """
+    # Before numpy is imported: the matrices here are small, and threads that spin for them take milliseconds, and the
+    # cores, from the event loop.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from elis_gateway import app, config, logs
 
     effective = config.load(path)
