@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import Any
 
 import orjson
 
+from benchmarks.rows import show
 from elis_gateway.access import Door, hashed, new_key
 from elis_gateway.config import ApiKey, Limits
 from elis_gateway.intake import Intake
@@ -119,10 +119,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="append the result to this file of JSON lines")
     given = parser.parse_args()
     result = asyncio.run(run(given.keys, given.rounds, given.count))
-    print(json.dumps(result, indent=2))
-    if given.output is not None:
-        with given.output.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+    show(result, given.output)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ import click
 from benchmarks import capacity_live as live
 from benchmarks import capacity_report as reports
 from benchmarks import capacity_virtual as virtual
+from benchmarks.rows import save
 from loadtest.workload import Request
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,7 +173,7 @@ class Session:
             figures |= {"calls": calls - before[0], "preemptions": preemptions - before[1]}
         row = {"question": dict(question), "setting": setting, "repeat": repeat, "figures": figures, **about()}
         row["code"] = self.code
-        live.save(self.path, row)
+        save(self.path, row)
         shown = {k: round(v, 2) if isinstance(v, float) else v for k, v in figures.items()}
         print(f"  {setting:16} {shown}", flush=True)
         return figures
@@ -370,7 +371,7 @@ def virtual_command(seeds: int, load: float, jobs: int, dropped: int, budget: fl
             break
         figures = virtual.measure(question, setting, knowledge, seed)
         row = {"question": question._asdict(), "setting": setting, "knowledge": knowledge, "repeat": seed}
-        live.save(output, {**row, "figures": figures, **stamp})
+        save(output, {**row, "figures": figures, **stamp})
         print(f"\r{number}/{len(work)} runs", end="", flush=True)
     print()
     reports.show([output])

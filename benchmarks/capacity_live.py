@@ -7,7 +7,6 @@ tokens per second are. Never: which settings are compared, in which order, or wh
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import sys
 import time
@@ -276,9 +275,3 @@ def open_loop(engine: Engine, url: str, requests: Sequence[Request], mark: str) 
         }
 
     return uvloop.run(run())
-
-
-def save(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one measured run."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")

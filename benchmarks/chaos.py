@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import platform
 import random
@@ -37,6 +36,7 @@ import aiohttp
 import orjson
 import yaml
 
+from benchmarks.rows import show
 from elis_gateway.sim.checker import Checker, of_stream
 from elis_gateway.sim.engine import EngineModel
 from elis_gateway.sim.faults import Fault
@@ -562,10 +562,7 @@ def main() -> None:
             pace=given.pace,
         )
     )
-    print(json.dumps(result, indent=2))
-    if given.output is not None:
-        with given.output.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+    show(result, given.output)
     if found := failures(result):
         sys.exit("\n".join(found))
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import sys
@@ -25,6 +24,7 @@ import aiohttp
 import orjson
 
 from benchmarks.chaos import CHAT, COMPLETIONS, Process, engine_config, free_port
+from benchmarks.rows import show
 from elis_gateway.sim.faults import Fault
 from elis_gateway.sim.server import SimServer
 
@@ -190,10 +190,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="append the result to this file of JSON lines")
     given = parser.parse_args()
     result = asyncio.run(run(given.count, given.seed))
-    print(json.dumps(result, indent=2))
-    if given.output is not None:
-        with given.output.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+    show(result, given.output)
     if result["jobs_left"] or result["queued_that_still_reached_the_engine"]:
         sys.exit("something was left behind")
 

@@ -28,6 +28,7 @@ import aiohttp
 import orjson
 
 from benchmarks.chaos import CHAT, COMPLETIONS, Process, engine_config, free_port
+from benchmarks.rows import show
 from elis_gateway.sim.server import SimServer
 
 GOOD = {"model": "sim", "prompt": "hello", "max_tokens": 3}
@@ -296,10 +297,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="append the result to this file of JSON lines")
     given = parser.parse_args()
     result = asyncio.run(run(given.count, given.seed))
-    print(json.dumps(result, indent=2))
-    if given.output is not None:
-        with given.output.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+    show(result, given.output)
     wrong = result["bad"] or result["bugs_in_the_log"] or result["slow_heads"]["left_open"]
     if wrong or result["paths_the_engine_should_not_have_seen"]:
         sys.exit("not as it should be: see above")

@@ -30,6 +30,7 @@ import click
 import uvloop
 
 from benchmarks.capacity_live import Forced, embedded, gateway
+from benchmarks.rows import save
 from elis_gateway.core.policy import FCFS, ISRTF, Aging
 from elis_gateway.core.scheduler import Scheduler, SchedulerConfig
 from elis_gateway.predictor.baselines import MaxTokens
@@ -103,12 +104,12 @@ def run(seeds: int, first_seed: int, jobs: int, load: float, model: str, speed: 
         workload = azure(jobs, load=load, capacity=capacity, seeds=Seeds.all(seed))
         with ThreadPoolExecutor(len(POLICIES)) as threads:
             served = {n: threads.submit(serve, n, workload, model, speed) for n in POLICIES}
-            row = {name: future.result() for name, future in served.items()}
+            figures = {name: future.result() for name, future in served.items()}
         about = {"date": time.strftime("%Y-%m-%d"), "seed": seed, "jobs": jobs, "load": load, "workload": workload.hash}
         engine = {"model": model, "speed": speed, "slots": SLOTS}
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**about, "engine": engine, **row}) + "\n")
-        tell([json.loads(RESULTS.read_text().splitlines()[-1])])
+        row = {**about, "engine": engine, **figures}
+        save(RESULTS, row)
+        tell([row])
 
 
 @cli.command()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import resource
 import tempfile
@@ -25,6 +24,7 @@ import aiohttp
 import orjson
 
 from benchmarks.chaos import COMPLETIONS, Process, engine_config, free_port
+from benchmarks.rows import show
 from elis_gateway.sim.engine import EngineModel
 from elis_gateway.sim.server import SimServer
 
@@ -118,10 +118,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="append the result to this file of JSON lines")
     given = parser.parse_args()
     result = asyncio.run(run(given.clients, given.prompt))
-    print(json.dumps(result, indent=2))
-    if given.output is not None:
-        with given.output.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+    show(result, given.output)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from typing import Any
 
 import click
 
+from benchmarks.rows import save
 from elis_gateway.core.policy import Aging, make_policy
 from elis_gateway.core.scheduler import Scheduler, SchedulerConfig
 from elis_gateway.predictor.baselines import NoisyOracle
@@ -100,8 +101,7 @@ def run(seeds: int, first_seed: int, jobs: int) -> None:
     for seed in range(first_seed, first_seed + seeds):
         for kind, slots, sigma in product(("chat", "heavy"), (4, 16), (0.0, 0.6)):
             row = one(kind, slots, sigma, seed, jobs)
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            save(RESULTS, row)
     report.callback()  # type: ignore[misc]
 
 

@@ -31,6 +31,7 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks.capacity_virtual import APPS
+from benchmarks.rows import save
 from benchmarks.studies.knowledge import predictor
 from benchmarks.tail import RATE, ROOT, SAMPLE, about, azure, code, scheduler
 from elis_gateway.sim.engine import Engine, EngineModel
@@ -233,8 +234,7 @@ def run(study: str, cells: Sequence[Cell], seeds: Sequence[int], budget: float, 
             )
             break
         result = rows[cell.name, seed] = measure(cell, seed)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**stamp, "cell": cell.name, "seed": seed, "result": result}) + "\n")
+        save(path, {**stamp, "cell": cell.name, "seed": seed, "result": result})
         if sys.stderr.isatty():
             print(f"\rstudy {study}: {number + 1}/{len(todo)}", end="", file=sys.stderr, flush=True)
     return rows

@@ -15,7 +15,7 @@ from math import exp
 
 from elis_gateway.core.job import Estimate
 from elis_gateway.predictor.base import Predictor, View, clamp
-from elis_gateway.predictor.baselines import NoisyOracle
+from elis_gateway.predictor.baselines import Instant, NoisyOracle
 from elis_gateway.predictor.history import History
 from elis_gateway.sim.simulator import SimJob
 
@@ -56,26 +56,7 @@ def _late(sigma: float, lengths: dict[str, int], seed: int, floor: bool) -> Pred
     return Late(NoisyOracle(lengths, sigma, seed=seed))
 
 
-class _Quiet:
-    """Learns nothing, keeps nothing, reads nothing."""
-
-    reads_text = False
-    refines = False
-
-    def instant(self, view: View) -> Estimate | None:
-        raise NotImplementedError
-
-    async def refine(self, views: Sequence[View]) -> list[Estimate | None]:
-        return [self.instant(view) for view in views]
-
-    def learn(self, view: View, *, complete: bool) -> None:
-        pass
-
-    def save(self) -> None:
-        pass
-
-
-class Floored(_Quiet):
+class Floored(Instant):
     """A job that outlived its estimate is no longer taken to end with the next token."""
 
     def __init__(self, inner: NoisyOracle) -> None:
@@ -87,7 +68,7 @@ class Floored(_Quiet):
         return Estimate(max(said.remaining, 0.5 * view.attained), None, said.source) if said.remaining <= 1 else said
 
 
-class Refining(_Quiet):
+class Refining(Instant):
     """What remains, off by e^±(sigma 0.75^windows), drawn anew each time: the text so far tells more and more."""
 
     def __init__(self, lengths: dict[str, int], sigma: float, seed: int) -> None:
@@ -100,7 +81,7 @@ class Refining(_Quiet):
         return Estimate(clamp(left * exp(self._sigma * 0.75**window * draw), view.allowed), None, "refining")
 
 
-class Late(_Quiet):
+class Late(Instant):
     """An oracle that refines: nothing at once, the estimate when the simulator lets it answer."""
 
     refines = True
@@ -115,7 +96,7 @@ class Late(_Quiet):
         return [self._inner.instant(view) for view in views]
 
 
-class Told(_Quiet):
+class Told(Instant):
     """Another predictor, with its errors noted; ``first``: only its first estimate of a job, counted down from there.
     ``app`` False: it is not told the application."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from elis_gateway.errors import ConfigError
 from elis_gateway.predictor.base import Estimate, View, clamp
 
-__all__ = ["Constant", "MaxTokens", "NoisyOracle", "Oracle", "prompt_hash", "read_lengths", "write_lengths"]
+__all__ = ["Constant", "Instant", "MaxTokens", "NoisyOracle", "Oracle", "prompt_hash", "read_lengths", "write_lengths"]
 
 
 def prompt_hash(prompt: str) -> str:
@@ -20,8 +20,8 @@ def prompt_hash(prompt: str) -> str:
     return sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-class _Instant:
-    """What the predictors here share: they answer at once, read no text, and learn nothing."""
+class Instant:
+    """What the predictors here share, and those of studies: they answer at once, read no text, and learn nothing."""
 
     reads_text = False
     refines = False
@@ -39,7 +39,7 @@ class _Instant:
         """Nothing to keep."""
 
 
-class Constant(_Instant):
+class Constant(Instant):
     """Every answer is ``tokens`` long, whatever was asked."""
 
     def __init__(self, tokens: float = 250.0) -> None:
@@ -51,7 +51,7 @@ class Constant(_Instant):
         return Estimate(clamp(self.tokens - view.attained, view.allowed), None, "constant")
 
 
-class MaxTokens(_Instant):
+class MaxTokens(Instant):
     """The answer uses up what it is allowed; perfect where lengths are forced. Silent where no limit is known."""
 
     def instant(self, view: View) -> Estimate | None:
@@ -60,7 +60,7 @@ class MaxTokens(_Instant):
         return Estimate(clamp(view.allowed, view.allowed), None, "max_tokens")
 
 
-class Oracle(_Instant):
+class Oracle(Instant):
     """Looks the length up in a recording: perfect knowledge, where the answers are the recorded ones.
 
     The file is JSON Lines of ``{"model": ..., "prompt_hash": ..., "tokens": ...}``, or one JSON object
@@ -91,7 +91,7 @@ class Oracle(_Instant):
         self._jobs.pop(view.job_id, None)
 
 
-class NoisyOracle(_Instant):
+class NoisyOracle(Instant):
     """The true length times e^(sigma z), z standard normal and fixed per job: for simulations, which know lengths.
 
     A job's later estimates count the first one down, so they stay consistent and stick at 1 where it was too short.
