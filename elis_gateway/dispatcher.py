@@ -10,6 +10,7 @@ scheduler hears of it once per window, not once per token.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
@@ -108,11 +109,15 @@ class Dispatcher:
         observers: Sequence[Observer],
         estimate_deadline: float = 0.5,
         retry_budget: float = 0.2,
+        stopwatch: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """``stopwatch``: see ``Estimator``."""
         self.core = core
         self.budget = RetryBudget(retry_budget)
         self._tell_missed = overriding(observers, "estimate_missed")
-        self._estimator = Estimator(predictor, self._estimated, deadline=estimate_deadline, missed=self._missed)
+        self._estimator = Estimator(
+            predictor, self._estimated, deadline=estimate_deadline, missed=self._missed, stopwatch=stopwatch
+        )
         self.flights: dict[str, Flight] = {}
         """Every job that is not over, by id."""
         self._upstreams = upstreams
@@ -248,7 +253,7 @@ class Dispatcher:
         flight = self.flights.get(job.spec.id)
         if flight is not None:
             flight.job = job
-            self._estimator.ask(flight, job)
+            self._estimator.ask(flight, job, pressing=action.pressing)
 
     def _estimated(self, flight: Flight, job: Job, estimate: Estimate | None, seconds: float) -> None:
         if estimate is not None:

@@ -15,6 +15,8 @@ class AskEstimate:
     """Say how many tokens remain of this job: answer with ``Scheduler.estimated``, at once or later."""
 
     job: Job
+    pressing: bool = True
+    """False: the job runs and nobody waits for its slot. The answer may come late, or not at all."""
 
 
 @dataclass(slots=True)

@@ -1,6 +1,7 @@
 """The scheduler. Events in with ``now``, actions out; it never calls out, reads a clock or performs I/O.
 
     submit            -> ESTIMATING  if the policy wants an estimate, else READY
+                      -> RUNNING     a slot is free that nobody waits for; an estimate may follow
     estimated         -> READY       or, for a READY job, a new key; for a RUNNING one, perhaps Preempt
     (slot available)  -> RUNNING     emits Run
     window_passed     -> RUNNING     asks for a fresh estimate; perhaps Preempt
@@ -79,10 +80,11 @@ class Scheduler:
             self._alarms.wait_until(now + self.config.queue_ttl, spec.id)
         if spec.deadline is not None:
             self._alarms.done_until(spec.deadline, spec.id)
-        if slots.estimates:
-            slots.actions.append(AskEstimate(job))
-        else:
+        if not slots.estimates:
             slots.enqueue(job, now)
+        else:
+            at_once = slots.start_at_once(job, now)
+            slots.actions.append(AskEstimate(job, not at_once))
         return slots.take()
 
     def estimated(self, job_id: str, estimate: Estimate | None, now: float) -> list[Action]:
@@ -128,7 +130,7 @@ class Scheduler:
             return slots.take()
         if slots.estimates:
             # Its answer, even if it is none, makes the new key.
-            slots.actions.append(AskEstimate(job))
+            slots.actions.append(AskEstimate(job, self.room.is_wanted(running.upstream)))
         else:
             slots.rescored(running, now)
         return slots.take()
@@ -299,7 +301,7 @@ class Scheduler:
         else:
             self._slots.enqueue(job, now, place=False)
             self._slots.fill(upstream, now)
-            self._slots.actions.append(AskEstimate(job))
+            self._slots.actions.append(AskEstimate(job, False))
 
     def _interrupted(self, job: Job, cause: str, now: float) -> None:
         job.failures += 1

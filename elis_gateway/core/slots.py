@@ -81,6 +81,16 @@ class Slots:
             self._place(job, now, False)
         self.fill(held, now)
 
+    def start_at_once(self, job: Job, now: float) -> bool:
+        """Start a new job where a slot is free that nobody waits for: whose turn it is needs no estimate, and its
+        tokens need not wait for one. False: it needs an estimate first."""
+        upstream = self._room.free_upstream(job, job.pool, self.fixed_window)
+        if upstream is None or self._room.is_wanted(upstream) or len(upstream.running) >= upstream.info.slots:
+            return False
+        job.ready_since = now
+        self._start(job, upstream, now, self.policy.key(job, job.pool, now))
+        return True
+
     def _goes_on(self, job: Job, upstream: Upstream, now: float) -> bool:
         """Start ``job`` in the slot that was held for it where nobody else deserves it, without a detour through the
         queue: in fixed windows that is how most slices begin."""
@@ -249,9 +259,11 @@ class Slots:
         key = self.policy.key(job, job.pool, now)
         if not running.started:
             # Still in the engine's queue: what it was sent with no longer holds.
-            if abs(key - running.key) > self._room.margin(job):
+            if not upstream.info.orders:
                 running.key = key
-                if upstream.info.orders and upstream.queued_calls():
+            elif abs(key - running.key) > self._room.margin(job):
+                running.key = key
+                if upstream.queued_calls():
                     self._make_yield([running])
         elif job.preemptions == 0 or job.attained - running.base >= self._config.window:
             # Never twice within one window of the same job.

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from elis_gateway.core.job import Estimate
 
-__all__ = ["Estimate", "Predictor", "View", "clamp"]
+__all__ = ["Estimate", "Predictor", "View", "clamp", "counted_down"]
 
 
 class View(NamedTuple):
@@ -54,3 +54,10 @@ def clamp(remaining: float, allowed: int | None) -> float:
     if allowed is not None and remaining > allowed:
         remaining = allowed
     return remaining if remaining > 1.0 else 1.0
+
+
+def counted_down(estimate: Estimate | None, tokens: int) -> Estimate | None:
+    """What is left of it, so many tokens later."""
+    if estimate is None or tokens <= 0:
+        return estimate
+    return estimate._replace(remaining=clamp(estimate.remaining - tokens, None))

@@ -21,7 +21,7 @@ from elis_gateway.core.job import Job, JobSpec, JobState, Outcome
 from elis_gateway.core.placement import UpstreamInfo
 from elis_gateway.core.scheduler import Scheduler
 from elis_gateway.core.slice import Slice, SliceEnd, SliceResult
-from elis_gateway.predictor.base import Predictor, View
+from elis_gateway.predictor.base import Predictor, View, counted_down
 from elis_gateway.sim.engine import MARK, STARTED, Engine, Event, PrefixCache, Totals
 
 __all__ = ["Outage", "Record", "Result", "SimJob", "simulate"]
@@ -453,6 +453,8 @@ class _Simulation:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
         [estimate] = self._loop.run_until_complete(self._predictor.refine([view]))
+        attained = self._scheduler.jobs[view.job_id].attained
+        estimate = counted_down(estimate, attained - view.attained)
         if life.predictions is not None and estimate is not None:
-            life.predictions.append((view.attained, estimate.remaining))
+            life.predictions.append((attained, estimate.remaining))
         return self._scheduler.estimated(view.job_id, estimate, now)

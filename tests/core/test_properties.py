@@ -42,11 +42,12 @@ def test_the_wait_is_bounded(arrivals, aging, slots):
     def perform(actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, AskEstimate):
-                waiting[action.job.id] = now
+                if action.pressing:
+                    waiting[action.job.id] = now
                 perform(scheduler.estimated(action.job.id, Estimate(float(lengths[action.job.id])), now))
             elif isinstance(action, Run):
                 job = action.slice.job
-                del waiting[job.id]
+                waiting.pop(job.id, None)  # not there: a slot was free when it came
                 assert all(job.arrival <= since + spread + 1e-6 for since in waiting.values())
                 flying.append(action.slice)
 

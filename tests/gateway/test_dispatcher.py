@@ -70,14 +70,19 @@ class Desk:
         **config: Any,
     ) -> None:
         self.log = Log()
+        self.spent = 0.0
+        """What predicting has cost, in seconds; a predictor of a test adds to it."""
         self.upstreams = {u.id: u for u in upstreams or (FakeUpstream(),)}
         self.upstream = next(iter(self.upstreams.values()))
         core = Scheduler(SchedulerConfig(**{"seam_cost": 1.0, **config}), policy or ISRTF())
-        self.dispatcher = Dispatcher(core, predictor or MaxTokens(), self.upstreams, observers=[self.log])
+        self.dispatcher = Dispatcher(core, predictor or MaxTokens(), self.upstreams, observers=[self.log], stopwatch=self.stopwatch)
         self.core = core
         for name in self.upstreams:
             self.dispatcher.upstream_changed(UpstreamInfo(name, frozenset({"m"}), slots))
         self._count = 0
+
+    def stopwatch(self) -> float:
+        return self.spent
 
     def submit(self, tokens: int = 100, *, mode: Mode = Mode.IDS, stream: bool = True, **spec: Any) -> Flight:
         body = {"model": "m", "prompt": "x", "max_tokens": tokens, "stream": stream}
@@ -394,27 +399,39 @@ class Slow:
 
 @jumping
 async def test_a_late_estimate_is_done_without() -> None:
-    predictor = Slow(10.0)
-    desk = Desk(predictor=predictor)
+    desk = Desk(predictor=Slow(10.0))
     start = now()
+    desk.submit(20)
     flight = desk.submit(20)
     await flight.channel.get()
+    # The slot was free after 0.2 s, and nobody knew whose turn it was.
     assert now() - start == pytest.approx(0.5, abs=0.05)
     assert flight.estimates == []
+
+
+@jumping
+async def test_a_free_slot_waits_for_no_estimate() -> None:
+    desk = Desk(predictor=Slow(0.3))
+    start = now()
+    flight = desk.submit(100)
+    await flight.channel.get()
+    assert now() - start < 0.05
+    await text(flight)
+    assert flight.estimates[0] == (0, 40.0)
 
 
 @jumping
 async def test_an_estimate_made_meanwhile_is_counted_down() -> None:
     predictor = Slow(0.12, remaining=200.0)
     desk = Desk(FakeUpstream(pace=0.001), predictor=predictor)
-    flight = desk.submit(220)
-    assert await text(flight) == words(220)
+    flight = desk.submit(430)
+    assert await text(flight) == words(430)
     await asyncio.sleep(0.01)
-    # Asked at 50 tokens, answered two windows later: 100 are left of that, and 70 allowed.
-    assert flight.estimates == [(0, 200.0), (150, 70.0)]
-    assert [view.attained for view in predictor.views] == [0, 50, 200]
-    assert predictor.views[1].answer == words(50)
-    assert predictor.learned == [(220, False)]
+    # Asked at a window's end, answered two windows later: 100 are left of what was said, and at last 30 allowed.
+    assert flight.estimates == [(100, 100.0), (250, 100.0), (400, 30.0)]
+    assert [view.attained for view in predictor.views] == [0, 150, 300]
+    assert predictor.views[1].answer == words(150)
+    assert predictor.learned == [(430, False)]
 
 
 @jumping
@@ -428,11 +445,45 @@ class Hasty(Slow):
     """Answers at once."""
 
     refines = False
+    desk: Desk | None = None
+    """Where each answer costs ``seconds``."""
 
     def instant(self, view: View) -> Estimate | None:
         if self.error is not None:
             raise self.error
+        self.views.append(view)
+        if self.desk is not None:
+            self.desk.spent += self.seconds
         return Estimate(self.remaining)
+
+
+@jumping
+async def test_estimates_that_nobody_waits_for_take_a_tenth_of_the_time() -> None:
+    predictor = Hasty(0.001)
+    predictor.desk = desk = Desk(predictor=predictor, slots=100, seconds_per_token=1.0)
+    flights = [desk.submit(49) for _ in range(100)]
+    assert not predictor.views, "the calls come first"
+    for flight in flights:
+        await text(flight)
+    assert len(predictor.views) == pytest.approx(49, abs=3), "half a second of answers, a millisecond each"
+    # The oldest first; of those that are over nobody wants to know any more.
+    assert [view.job_id for view in predictor.views[:3]] == ["j1", "j2", "j3"]
+
+
+@jumping
+async def test_where_somebody_waits_everybody_is_estimated_at_once() -> None:
+    predictor = Hasty(0.01)
+    predictor.desk = desk = Desk(predictor=predictor, slots=10)
+    for _ in range(10):
+        desk.submit(1000)
+    await asyncio.sleep(0.05)
+    assert len(predictor.views) == 1, "and now a rest"
+    for _ in range(8):
+        desk.submit(10)
+        await asyncio.sleep(0.0)
+    await asyncio.sleep(0.01)
+    asked = {view.job_id for view in predictor.views if not view.attained}
+    assert len(asked) >= 16, "each newcomer, and one of those it is compared with"
 
 
 @jumping
