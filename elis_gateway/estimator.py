@@ -3,9 +3,9 @@
 Knows: views, deadlines, what an estimate is worth that comes late. Never: what becomes of it, which predictor it is.
 Predictors may be anybody's code: one that raises, or answers nonsense, costs estimates and no request.
 
-An estimate that nobody waits for comes after the upstream call it is about has been sent, and only while such estimates
-and learning take little of the event loop's time: at thousands of short answers a second that never queue, most need
-none, and a predictor that learns sees a sample.
+An estimate that nobody waits for comes after the upstream call it is about has been sent, and only while predicting
+takes little of the event loop's time: of thousands of short answers a second that never queue, most need none. Which ones
+get one is decided when they arrive, so that a predictor that learns sees a fair sample of lengths.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from math import isfinite
-from typing import NamedTuple
 
 from elis_gateway.core.job import Estimate, Job, JobState, Outcome
 from elis_gateway.flight import Flight
@@ -29,10 +27,8 @@ _log = logging.getLogger("elis_gateway.jobs")
 
 _SHARE = 0.1
 """Of the event loop's time, for estimates that nobody waits for and for learning."""
-_LATER = 4096
-"""Estimates that nobody waits for and that are still to be made, at most."""
-_LONGEST_REST = 1.0
-"""Seconds."""
+_SAVED = 0.02
+"""Seconds of it that may be saved up and then spent at once."""
 
 Answered = Callable[[Flight, Job, Estimate | None, float], None]
 """Told every estimate (None: there is none, count the old one down) and the seconds it took."""
@@ -60,7 +56,11 @@ class Estimator:
         self._deadline = deadline
         self._loop = asyncio.get_running_loop()
         self._wants: Callable[[View], bool] | None = getattr(predictor, "wants_refining", None)
-        self._leisure = _Leisure(self._loop, self._at_leisure, stopwatch)
+        self._allowance = _Allowance()
+        self._cost = 0.0
+        """Seconds that an estimate takes, about; set aside for those that are about to be made."""
+        self._skipped: dict[str, tuple[Flight, Job]] = {}
+        """Jobs whose last estimate was not made, because nobody waited for it."""
 
     def ask(self, flight: Flight, job: Job, *, pressing: bool = True) -> None:
         """How much is left of this job? ``pressing``: somebody waits to know."""
@@ -68,17 +68,34 @@ class Estimator:
         if predictor is None:
             self._answered(flight, job, None, 0.0)
             return
-        view = _view(flight, job, predictor)
         if pressing:
-            self._estimate(flight, job, view, predictor)
-            # What runs is compared with what waits from now on.
-            self._leisure.hurry()
+            self._estimate(flight, job, _view(flight, job, predictor), predictor)
+            if self._skipped:
+                # What runs is compared with what waits from now on.
+                self._loop.call_soon(self._catch_up)
+        elif self._allowance.left(now := self._stopwatch()) > 0.0:
+            # Not before the upstream call that was just decided has been sent: that is a task which begins first.
+            self._skipped.pop(job.spec.id, None)
+            self._allowance.spend(self._cost, now)
+            self._loop.call_soon(self._at_leisure, flight, job, _view(flight, job, predictor), predictor)
         else:
-            self._leisure.add(_Asked(flight, job, view))
+            self._skipped[job.spec.id] = (flight, job)
 
-    def _at_leisure(self, asked: _Asked) -> None:
-        assert self._predictor is not None
-        self._estimate(*asked, self._predictor)
+    def _at_leisure(self, flight: Flight, job: Job, view: View, predictor: Predictor) -> None:
+        began = self._stopwatch()
+        if job.state is not JobState.DONE:
+            self._estimate(flight, job, view, predictor)
+        now = self._stopwatch()
+        took = now - began
+        self._allowance.spend(took - self._cost, now)
+        self._cost += 0.1 * (took - self._cost)
+
+    def _catch_up(self) -> None:
+        """One of the estimates that were skipped: as many as others ask for, the oldest first."""
+        if self._skipped and self._predictor is not None:
+            flight, job = self._skipped.pop(next(iter(self._skipped)))
+            self._allowance.spend(self._cost, self._stopwatch())
+            self._at_leisure(flight, job, _view(flight, job, self._predictor), self._predictor)
 
     def _estimate(self, flight: Flight, job: Job, view: View, predictor: Predictor) -> None:
         asked = self._loop.time()
@@ -99,12 +116,14 @@ class Estimator:
 
     def learn(self, flight: Flight, job: Job) -> None:
         """The job is over. An answer that was cut off, by whatever, is a lower bound."""
+        self._skipped.pop(job.spec.id, None)
         if self._predictor is not None and job.first_run is not None:
             complete = job.outcome is Outcome.COMPLETED and flight.answer.finish_reason != "length"
             try:
                 began = self._stopwatch()
                 self._predictor.learn(_view(flight, job, self._predictor), complete=complete)
-                self._leisure.spent(self._stopwatch() - began)
+                now = self._stopwatch()
+                self._allowance.spend(now - began, now)
             except Exception:  # noqa: BLE001
                 _log.exception("request %s: the predictor could not learn from it", job.spec.id)
 
@@ -156,60 +175,25 @@ class Estimator:
         )
 
 
-class _Asked(NamedTuple):
-    """An estimate that is wanted, but not waited for, and the job as it was then."""
+class _Allowance:
+    """Seconds that may be spent: a share of the time that passes, saved up to a bound. Debts are bounded, too."""
 
-    flight: Flight
-    job: Job
-    view: View
+    __slots__ = ("_at", "_left")
 
+    def __init__(self) -> None:
+        self._left = _SAVED
+        self._at: float | None = None
 
-class _Leisure:
-    """Has estimates made one at a time, oldest first, in a share of the event loop's time."""
+    def left(self, now: float) -> float:
+        """What may be spent at ``now``; not positive: nothing."""
+        if self._at is not None:
+            self._left = min(self._left + (now - self._at) * _SHARE, _SAVED)
+        self._at = now
+        return self._left
 
-    __slots__ = ("_asked", "_do", "_loop", "_owed", "_rests", "_stopwatch", "_turn")
-
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, do: Callable[[_Asked], None], stopwatch: Callable[[], float]
-    ) -> None:
-        self._stopwatch = stopwatch
-        self._loop = loop
-        self._do = do
-        self._asked: deque[_Asked] = deque(maxlen=_LATER)
-        self._turn: asyncio.Handle | None = None
-        self._rests = False
-        self._owed = 0.0
-        """Seconds spent that are to be rested for."""
-
-    def add(self, asked: _Asked) -> None:
-        """Not before the upstream call that was just decided has been sent: that is a task which begins first."""
-        self._asked.append(asked)
-        if self._turn is None:
-            self._turn = self._loop.call_soon(self._next)
-
-    def spent(self, seconds: float) -> None:
-        """So much was spent on what pays in the long run."""
-        self._owed += seconds
-
-    def hurry(self) -> None:
-        """No rest now."""
-        if self._rests and self._asked and self._turn is not None:
-            self._rests = False
-            self._turn.cancel()
-            self._turn = self._loop.call_soon(self._next)
-
-    def _next(self) -> None:
-        self._turn = None
-        self._rests = False
-        while self._asked:
-            asked = self._asked.popleft()
-            if asked.job.state is not JobState.DONE:
-                began = self._stopwatch()
-                self._do(asked)
-                owed, self._owed = self._owed + self._stopwatch() - began, 0.0
-                self._rests = True
-                self._turn = self._loop.call_later(min(owed / _SHARE, _LONGEST_REST), self._next)
-                return
+    def spend(self, seconds: float, now: float) -> None:
+        """So much was spent."""
+        self._left = max(self.left(now) - seconds, -_SAVED)
 
 
 def _view(flight: Flight, job: Job, predictor: Predictor) -> View:

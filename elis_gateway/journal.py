@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 from elis_gateway.core.job import Job
@@ -89,12 +90,16 @@ class Journal(Observer):
         if len(finished) > _KEPT:
             finished.popitem(last=False)
         if _log.isEnabledFor(logging.INFO):
-            _log.info(
-                "request %s: %s%s, %d tokens in %.3f s, waited %.3f s, %d slices, %d preemptions",
-                job.id, job.outcome.value, f" ({job.cause})" if job.cause else "", job.attained,
-                job.finished - job.arrival, job.waited, job.slices, job.preemptions,
-                extra={"job": job.id, "facts": _facts(flight, job, job.finished)},
-            )  # fmt: skip
+            line = (
+                f"request {job.id}: {job.outcome.value}{f' ({job.cause})' if job.cause else ''}, {job.attained} tokens "
+                f"in {job.finished - job.arrival:.3f} s, waited {job.waited:.3f} s, {job.slices} slices, "
+                f"{job.preemptions} preemptions"
+            )
+            # A line per job: without the search for its caller, which nobody is told.
+            record = logging.LogRecord(_log.name, logging.INFO, "", 0, line, None, None)
+            record.job = job.id
+            record.facts = partial(_facts, flight, job, job.finished)
+            _log.handle(record)
 
     def get(self, job_id: str) -> dict[str, Any] | None:
         """The story of a finished job, as long as it is remembered."""

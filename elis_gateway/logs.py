@@ -43,18 +43,27 @@ def _add_job(record: logging.LogRecord) -> bool:
 
 def _extra(record: logging.LogRecord) -> dict[str, Any]:
     """What the caller passed as ``extra``."""
-    return {key: value for key, value in vars(record).items() if key not in _STANDARD}
+    fields = vars(record)
+    return {key: fields[key] for key in fields.keys() - _STANDARD}
 
 
 class TextFormatter(logging.Formatter):
     """``2024-05-01 12:00:00.123 INFO jobs [id] message key=value``"""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._second = 0
+        self._stamp = ""
+
     def format(self, record: logging.LogRecord) -> str:
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
+        if (second := int(record.created)) != self._second:
+            self._second, self._stamp = second, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+        stamp = self._stamp
         name = record.name.removeprefix("elis_gateway.")
         job = getattr(record, "job", "")
         head = f"{stamp}.{int(record.msecs):03d} {record.levelname} {name}{f' [{job}]' if job else ''}"
-        extra = "".join(f" {key}={value}" for key, value in _extra(record).items())
+        more = _extra(record)
+        extra = "".join([f" {key}={more[key]}" for key in sorted(more)]) if more else ""
         return f"{head} {record.getMessage()}{extra}{self._trace(record)}"
 
     def _trace(self, record: logging.LogRecord) -> str:
@@ -64,7 +73,7 @@ class TextFormatter(logging.Formatter):
 class JsonFormatter(logging.Formatter):
     """One object: ``time`` (Unix seconds), ``level``, ``logger``, ``message``, ``job``, and what came as ``extra``.
 
-    ``extra={"facts": {...}}`` is what the message says already, by name: only machines get it.
+    ``extra={"facts": ...}``, a function, gives what the message says already, by name: only machines get it.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -76,7 +85,9 @@ class JsonFormatter(logging.Formatter):
         }
         if job := getattr(record, "job", ""):
             row["job"] = job
-        row |= _extra(record) | getattr(record, "facts", {})
+        row |= _extra(record)
+        if (facts := getattr(record, "facts", None)) is not None:
+            row |= facts()
         if record.exc_info:
             row["exception"] = self.formatException(record.exc_info)
         return orjson.dumps(row, default=str, option=orjson.OPT_NON_STR_KEYS).decode()

@@ -57,7 +57,7 @@ def clamp(remaining: float, allowed: int | None) -> float:
 
 
 def counted_down(estimate: Estimate | None, tokens: int) -> Estimate | None:
-    """What is left of it, so many tokens later."""
-    if estimate is None or tokens <= 0:
+    """What is left of it, so many tokens later (earlier, if negative)."""
+    if estimate is None or not tokens:
         return estimate
     return estimate._replace(remaining=clamp(estimate.remaining - tokens, None))

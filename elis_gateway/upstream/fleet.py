@@ -196,8 +196,13 @@ class Fleet:
 
     def knows(self, model: str) -> bool:
         """Does any upstream serve it, up or not? True as long as no upstream at all has told its models."""
-        served = [m.upstream.capabilities.models for m in self._members.values()]
-        return any(model in models for models in served) or not any(served)
+        nobody_told = True
+        for member in self._members.values():
+            models = member.upstream.capabilities.models
+            if model in models:
+                return True
+            nobody_told = nobody_told and not models
+        return nobody_told
 
     def serving(self, model: str | None) -> list[HttpUpstream]:
         """Upstreams in service that have ``model`` (None: any)."""

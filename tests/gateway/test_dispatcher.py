@@ -75,14 +75,16 @@ class Desk:
         self.upstreams = {u.id: u for u in upstreams or (FakeUpstream(),)}
         self.upstream = next(iter(self.upstreams.values()))
         core = Scheduler(SchedulerConfig(**{"seam_cost": 1.0, **config}), policy or ISRTF())
-        self.dispatcher = Dispatcher(core, predictor or MaxTokens(), self.upstreams, observers=[self.log], stopwatch=self.stopwatch)
+        self.dispatcher = Dispatcher(
+            core, predictor or MaxTokens(), self.upstreams, observers=[self.log], stopwatch=self.stopwatch
+        )
         self.core = core
         for name in self.upstreams:
             self.dispatcher.upstream_changed(UpstreamInfo(name, frozenset({"m"}), slots))
         self._count = 0
 
     def stopwatch(self) -> float:
-        return self.spent
+        return now() + self.spent
 
     def submit(self, tokens: int = 100, *, mode: Mode = Mode.IDS, stream: bool = True, **spec: Any) -> Flight:
         body = {"model": "m", "prompt": "x", "max_tokens": tokens, "stream": stream}
@@ -460,30 +462,34 @@ class Hasty(Slow):
 @jumping
 async def test_estimates_that_nobody_waits_for_take_a_tenth_of_the_time() -> None:
     predictor = Hasty(0.001)
-    predictor.desk = desk = Desk(predictor=predictor, slots=100, seconds_per_token=1.0)
-    flights = [desk.submit(49) for _ in range(100)]
-    assert not predictor.views, "the calls come first"
-    for flight in flights:
-        await text(flight)
-    assert len(predictor.views) == pytest.approx(49, abs=3), "half a second of answers, a millisecond each"
-    # The oldest first; of those that are over nobody wants to know any more.
-    assert [view.job_id for view in predictor.views[:3]] == ["j1", "j2", "j3"]
+    predictor.desk = desk = Desk(predictor=predictor, slots=1000)
+    first = desk.submit(40)
+    assert not predictor.views, "the call comes first"
+    await asyncio.sleep(0.0)
+    assert [view.job_id for view in predictor.views] == [first.spec.id]
+    for _ in range(800):
+        desk.submit(1)
+        await asyncio.sleep(0.001)
+    # 20 ms were saved, and 80 ms are a tenth of the time; estimates themselves take time as well.
+    assert 95 <= len(predictor.views) <= 112
+    late = [view.job_id for view in predictor.views[-60:]]
+    assert len(set(late)) == 60, "spread over all that came"
 
 
 @jumping
-async def test_where_somebody_waits_everybody_is_estimated_at_once() -> None:
-    predictor = Hasty(0.01)
+async def test_where_somebody_waits_everybody_is_estimated() -> None:
+    predictor = Hasty(0.05)
     predictor.desk = desk = Desk(predictor=predictor, slots=10)
     for _ in range(10):
         desk.submit(1000)
-    await asyncio.sleep(0.05)
-    assert len(predictor.views) == 1, "and now a rest"
-    for _ in range(8):
+        await asyncio.sleep(0.0)
+    assert len(predictor.views) == 1, "the allowance is spent"
+    for _ in range(9):
         desk.submit(10)
         await asyncio.sleep(0.0)
-    await asyncio.sleep(0.01)
-    asked = {view.job_id for view in predictor.views if not view.attained}
-    assert len(asked) >= 16, "each newcomer, and one of those it is compared with"
+    assert len(predictor.views) >= 19, "each newcomer, and one of those it is compared with"
+    asked = [view.job_id for view in predictor.views]
+    assert len(set(asked)) == len(asked)
 
 
 @jumping
