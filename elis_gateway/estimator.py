@@ -4,8 +4,8 @@ Knows: views, deadlines, what an estimate is worth that comes late. Never: what 
 Predictors may be anybody's code: one that raises, or answers nonsense, costs estimates and no request.
 
 An estimate that nobody waits for comes after the upstream call it is about has been sent, and only while predicting
-takes little of the event loop's time: of thousands of short answers a second that never queue, most need none. Which ones
-get one is decided when they arrive, so that a predictor that learns sees a fair sample of lengths.
+takes little of the event loop's time: of thousands of short answers a second that never queue, most need none. Which
+ones get one is decided when they arrive, so that a predictor that learns sees a fair sample of lengths.
 """
 
 from __future__ import annotations
