@@ -79,9 +79,9 @@ class Answer(NamedTuple):
         return self.text[: round(len(self.text) * attained / self.tokens)]
 
 
-def read(folder: Path) -> list[Answer]:
+def read(folder: Path, files: Sequence[str] = FILES) -> list[Answer]:
     found = []
-    for name in FILES:
+    for name in files:
         with gzip.open(folder / f"responses_{name}.jsonl.gz", "rt", encoding="utf-8") as file:
             for line in file:
                 row = json.loads(line)

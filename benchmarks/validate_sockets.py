@@ -1,52 +1,111 @@
 #!/usr/bin/env python3
 """The simulator against the same gateway over real sockets: mean completion time per setting, live over simulated.
 
-    python -m benchmarks.validate_sockets --seeds 2 --requests 80 --json FILE
+    python -m benchmarks.validate_sockets run --seeds 5       resumes; rows: benchmarks/results/validate-sockets.jsonl
+    python -m benchmarks.validate_sockets report
 
-The embedded engine and the gateway run as processes of their own, in real time; lengths are forced and the predictor is
-`max_tokens`, so both sides know the same. The simulator gets the engine's model and half a round trip each way.
+Embedded engine and gateway are processes of their own, in real time; lengths are forced and the predictor is
+`max_tokens`, so both sides know the same. Both sides get the same requests at the same moments: the simulator is given
+the times at which the generator really sent them. It is also given what the run itself shows of the way between the
+parts, and nothing else:
+
+- *refill*: from the modelled last token of a call to the beginning of the next one in its slot, by the engine's own
+  log. Half of it is the simulator's `delay`, each way.
+- *edge*: what a request that meets nobody takes beyond the model: client to gateway to engine and back.
+
+A run counts only where the generator sent on time and the engine's process kept up with its own model.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
-import os
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
+from typing import Any
 
+import click
+import orjson
+
+from benchmarks.capacity import about
+from benchmarks.rows import save
+from elis_gateway.predictor.baselines import MaxTokens
 from elis_gateway.sim.model import EngineModel
-from loadtest import make
+from loadtest import make, runner
 from loadtest.client import Client
 from loadtest.engines import Child, free_port, wait_ready
-from loadtest.experiment import Experiment, Live, Simulated, conduct
-from loadtest.knowledge import Knowledge
-from loadtest.runner import Stop
-from loadtest.stats import interval
-from loadtest.targets import HttpTarget, Steering
-from loadtest.workload import Seeds, Workload
+from loadtest.records import Row
+from loadtest.settings import ordering, setting
+from loadtest.stats import interval, percentile
+from loadtest.targets import HttpTarget, Steering, simulated
+from loadtest.workload import Request, Seeds, Workload
 
-SETTINGS = ["fcfs", "sjf", "isrtf"]
-SLOTS = 8
-DELAY = 0.001
-"""Seconds from gateway to engine, each way: sockets and two event loops."""
+SETTINGS = ("fcfs", "sjf", "isrtf")
+RESULTS = Path(__file__).parent / "results" / "validate-sockets.jsonl"
+LATE = 0.02
+"""Seconds (99th percentile) that the generator may send late, and the engine's process be behind its model."""
+AIM = 0.05
+PROBES, PROBED = 6, 12
+"""Lone requests before a run, and their tokens."""
+SOON = 0.1
+"""A call that begins later than this after a slot came free was not waiting for it."""
+
+
+@dataclass(frozen=True)
+class Question:
+    slots: int = 8
+    pace: float = 0.4
+    """The default model's decode and prefill rates times this: what two busy cores can carry."""
+    load: float = 0.7
+    requests: int = 80
+
+    def engine(self) -> EngineModel:
+        model = replace(EngineModel.load("default"), slots=self.slots)
+        prefill = model.prefill_tokens_per_second
+        return replace(
+            model,
+            decode=tuple((batch, rate * self.pace) for batch, rate in model.decode),
+            prefill_tokens_per_second=None if prefill is None else prefill * self.pace,
+        )
+
+    def work(self, seed: int) -> Workload:
+        plan = make.Plan(
+            requests=self.requests,
+            apps=(make.App(lengths="lognormal:median=90,sigma=0.8"),),
+            arrivals="gamma:shape=0.8",
+            load=self.load,
+            capacity=self.engine().capacity,
+            longest=500,
+        )
+        return make.make(plan, Seeds.all(seed))
+
+
+# ---- live -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Servers:
+    gateway: str
+    admin: str
+    engine: str
 
 
 @contextmanager
-def servers(folder: Path, engine: EngineModel) -> Iterator[tuple[str, str]]:
-    """URLs of a gateway and its admin listener, in front of the embedded engine."""
+def servers(folder: Path, engine: EngineModel) -> Iterator[Servers]:
+    """A gateway in front of the embedded engine."""
     ports = [free_port() for _ in range(3)]
+    made = Servers(*(f"http://127.0.0.1:{port}" for port in (ports[1], ports[2], ports[0])))
     engine.save(folder / "engine.json")
     config = {
         "server": {"host": "127.0.0.1", "port": ports[1]},
         "admin": {"port": ports[2]},
-        "upstreams": [{"url": f"http://127.0.0.1:{ports[0]}", "slots": engine.slots}],
+        "upstreams": [{"url": made.engine, "slots": engine.slots}],
         "predictor": {"kind": "max_tokens"},
         "logging": {"level": "warning"},
     }
@@ -54,67 +113,187 @@ def servers(folder: Path, engine: EngineModel) -> Iterator[tuple[str, str]]:
     elis = [sys.executable, "-m", "elis_gateway"]
     serve = [*elis, "sim-engine", "--port", str(ports[0]), "--engine", str(folder / "engine.json")]
     with Child(serve, log=folder / "engine.log") as child:
-        wait_ready(child, f"http://127.0.0.1:{ports[0]}/health", timeout=60)
+        wait_ready(child, f"{made.engine}/health", timeout=60)
         with Child([*elis, "serve", str(folder / "gateway.json")], log=folder / "gateway.log") as gateway:
-            wait_ready(gateway, f"http://127.0.0.1:{ports[1]}/ready", timeout=60)
-            yield f"http://127.0.0.1:{ports[1]}", f"http://127.0.0.1:{ports[2]}"
+            wait_ready(gateway, f"{made.gateway}/ready", timeout=60)
+            yield made
 
 
-def works(engine: EngineModel, requests: int, seeds: int, load: float) -> dict[int, Workload]:
-    plan = make.Plan(
-        requests=requests,
-        apps=(make.App(lengths="lognormal:median=90,sigma=0.8"),),
-        arrivals="gamma:shape=0.8",
-        load=load,
-        capacity=engine.capacity,
-        longest=500,
+def marked(work: Workload, mark: str) -> Workload:
+    """The same work with prompts that no prefix cache has seen, each limited to its length."""
+    return Workload(
+        tuple(replace(r, prompt=f"{mark} {r.id} {r.prompt}", max_tokens=r.tokens) for r in work.requests), work.about
     )
-    return {seed: make.make(plan, Seeds.all(seed)) for seed in range(seeds)}
 
 
-async def live(url: str, admin: str, experiment: Experiment) -> None:
-    async with Client(url) as client, Client(admin) as desk:
-        body = {"temperature": 0}
-        target = Live(lambda work: HttpTarget(client, "sim", body=body, debug=True), Steering(desk), window=50)
-        await conduct(experiment, target, stop=Stop())
+async def live(at: Servers, name: str, work: Workload) -> tuple[list[Row], list[float], list[dict[str, Any]]]:
+    """Rows of a run, completion times of the lone requests before it, and the engine's log of the run."""
+    async with Client(at.gateway) as client, Client(at.admin) as desk, Client(at.engine) as engine:
+        await Steering(desk).use(ordering(setting(name)))
+        target = HttpTarget(client, "sim", body={"temperature": 0}, debug=True)
+        alone = [await lone(target, number, work.requests[number]) for number in range(PROBES)]
+        await engine.send_json("DELETE", "/sim/requests", b"")
+        target.prepare(work.requests)
+        target.start = time.perf_counter() + runner.LEAD
+        run = await runner.run(work, target, start=target.start)
+        log = orjson.loads((await engine.get("/sim/requests")).body)["requests"]
+    if failed := [row.error for row in run.rows if row.error]:
+        raise click.ClickException(f"{name}: {len(failed)} requests failed: {failed[0]}")
+    return run.rows, alone, log
 
 
+async def lone(target: HttpTarget, number: int, like: Request) -> float:
+    request = replace(like, id=f"probe{number}", tokens=PROBED, max_tokens=PROBED, prompt=f"probe {like.prompt}")
+    target.start = time.perf_counter()
+    row = Row(request.id, 0.0, 0.0)
+    await target.send(request, row)
+    return row.jct
+
+
+# ---- what the run says of the way -----------------------------------------------------------------------------------
+
+
+def refills(log: Sequence[dict[str, Any]], slots: int) -> list[float]:
+    """Seconds between the last token of a call and the beginning of the next, where all slots had been taken."""
+    ends = [call["due"] if call["due"] is not None else call["closed"] or call["ended"] for call in log]
+    moments = sorted([(call["begun"], 1) for call in log] + [(end, -1) for end in ends])
+    taken, free, found = 0, None, []
+    for at, change in moments:
+        if change < 0:
+            free = at if taken == slots else None
+        elif free is not None:
+            if at - free < SOON:
+                found.append(at - free)
+            free = None
+        taken += change
+    return found
+
+
+def behind(log: Sequence[dict[str, Any]]) -> float:
+    """Seconds that the engine's process was behind its model at the ends of calls, 99th percentile or worst."""
+    late = [call["ended"] - call["due"] for call in log if call["due"] is not None]
+    return percentile(late, 99, beyond=1) or max(late)
+
+
+def modelled(name: str, engine: EngineModel, work: Workload, delay: float) -> list[Row]:
+    return simulated(work, setting(name), engine, MaxTokens(), delay=delay).rows
+
+
+def measure(at: Servers, question: Question, name: str, seed: int) -> dict[str, Any]:
+    """One setting on one workload, live and simulated."""
+    engine = question.engine()
+    work = marked(question.work(seed), f"{name} {seed} {time.time():.0f}")
+    rows, alone, log = asyncio.run(live(at, name, work))
+    by_id = {row.id: row for row in rows}
+    happened = [
+        replace(request, at=by_id[request.id].sent, prompt_tokens=by_id[request.id].prompt_tokens)
+        for request in work.requests
+    ]
+    as_sent = Workload(tuple(sorted(happened, key=lambda request: request.at)))
+    probe = replace(as_sent.requests[0], at=0.0, tokens=PROBED, max_tokens=PROBED)
+    edge = median(alone) - modelled(name, engine, Workload((probe,)), 0.0)[0].jct
+    gaps = refills(log, engine.slots)
+    delay = median(gaps) / 2 if gaps else edge / 2
+    seconds = fmean(row.jct - row.lag for row in rows)
+    bare = modelled(name, engine, as_sent, 0.0)
+    told = modelled(name, engine, as_sent, delay)
+    lag = percentile([row.lag for row in rows], 99, beyond=0) or 0.0
+    expected = fmean(row.jct for row in told) + max(edge - 2 * delay, 0.0)
+    return {
+        "live": seconds,
+        "bare": fmean(row.jct for row in bare),
+        "simulated": expected,
+        "ratio": seconds / expected,
+        "ratio_bare": seconds / fmean(row.jct for row in bare),
+        "refill_ms": 2e3 * delay,
+        "refills": len(gaps),
+        "edge_ms": 1e3 * edge,
+        "preemptions": [sum(row.preemptions for row in side) for side in (rows, told)],
+        "calls": [sum(row.slices for row in side) for side in (rows, told)],
+        "lag_p99": lag,
+        "behind_p99": behind(log),
+        "valid": lag <= LATE and behind(log) <= LATE,
+    }
+
+
+# ---- many runs ------------------------------------------------------------------------------------------------------
+
+
+def stored(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@click.group(help=__doc__.split("\n")[0])
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--requests", type=int, default=80)
-    parser.add_argument("--load", type=float, default=0.7)
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    engine = replace(EngineModel.load("default"), slots=SLOTS)
-    work = works(engine, given.requests, given.seeds, given.load)
-    real = Experiment({}, "live", list(SETTINGS), work)
-    model = Experiment({}, "sim", list(SETTINGS), work, engine=engine)
-    # A forced request's limit is its length: perfect knowledge, on both sides.
-    known = Simulated(engine, Knowledge("perfect", lambda noise: Workload(())), window=50, delay=DELAY)
-    asyncio.run(conduct(model, known, stop=Stop()))
-    before = os.getloadavg()[0]
-    with tempfile.TemporaryDirectory(prefix="elis-validate-") as folder, servers(Path(folder), engine) as (url, admin):
-        asyncio.run(live(url, admin, real))
-    rows = []
-    for name in SETTINGS:
-        means = [
-            [fmean(row.jct for row in run.rows) for run in side.runs if run.setting == name] for side in (real, model)
-        ]
-        seconds, expected = means
-        ratio, half = interval([a / b for a, b in zip(seconds, expected, strict=True)])
-        rows.append(
-            {"setting": name, "live": fmean(seconds), "simulated": fmean(expected), "ratio": ratio, "half": half}
-        )
-        print(
-            f"{name:8s} live {fmean(seconds):.3f} s, simulated {fmean(expected):.3f} s, ratio {ratio:.3f} ± {half:.3f}"
-        )
-    failed = sum(bool(row.error) for run in real.runs for row in run.rows)
-    lag = max(real.lag(run) for run in real.runs)
-    print(f"failed {failed}, lag p99 {lag * 1e3:.1f} ms, load average {before:.1f} to {os.getloadavg()[0]:.1f}")
-    if given.json is not None:
-        about = {"load_average": [before, os.getloadavg()[0]], "lag_p99": lag, "failed": failed, "seeds": given.seeds}
-        given.json.write_text(json.dumps({"rows": rows, **about}, indent=1) + "\n")
+    pass
+
+
+@main.command()
+@click.option("--seeds", default=5, show_default=True)
+@click.option("--requests", default=80, show_default=True)
+@click.option("--load", default=0.7, show_default=True)
+@click.option("--slots", default=8, show_default=True)
+@click.option("--pace", default=0.4, show_default=True, help="Of the default model's rates.")
+@click.option("--tries", default=2, show_default=True, help="Of a run that came out invalid.")
+@click.option("--output", type=click.Path(path_type=Path), default=RESULTS)
+def run(seeds: int, requests: int, load: float, slots: int, pace: float, tries: int, output: Path) -> None:
+    """Make the runs that are missing, and store each."""
+    question = Question(slots, pace, load, requests)
+    stamp = about()
+    done = {
+        (row["setting"], row["seed"])
+        for row in stored(output)
+        if row["valid"] and row["question"] == asdict(question) and row["code"] == stamp["code"]
+    }
+    with tempfile.TemporaryDirectory(prefix="elis-validate-") as folder, servers(Path(folder), question.engine()) as at:
+        for seed in range(seeds):
+            for name in SETTINGS if seed % 2 == 0 else SETTINGS[::-1]:
+                for _ in range(tries if (name, seed) not in done else 0):
+                    row = measure(at, question, name, seed)
+                    row = {"question": asdict(question), "setting": name, "seed": seed, **row, **about()}
+                    save(output, row)
+                    tell(row)
+                    if row["valid"]:
+                        break
+    summary(output)
+
+
+def tell(row: dict[str, Any]) -> None:
+    click.echo(
+        f"{row['setting']:6s} seed {row['seed']}: live {row['live']:.3f} s over {row['simulated']:.3f} s: "
+        f"{row['ratio']:.3f} (without the way {row['ratio_bare']:.3f}); refill {row['refill_ms']:.1f} ms, "
+        f"edge {row['edge_ms']:.1f} ms, lag {1e3 * row['lag_p99']:.1f} ms, behind {1e3 * row['behind_p99']:.1f} ms"
+        f"{'' if row['valid'] else ': INVALID'}"
+    )
+
+
+@main.command()
+@click.option("--output", type=click.Path(path_type=Path), default=RESULTS)
+def report(output: Path) -> None:
+    """What is stored, by question and code."""
+    summary(output)
+
+
+def summary(path: Path) -> None:
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in stored(path):
+        groups.setdefault((json.dumps(row["question"]), row["code"]), []).append(row)
+    for (question, code), rows in groups.items():
+        invalid = sum(not row["valid"] for row in rows)
+        click.echo(f"{question}, code {code}: {len(rows)} runs, {invalid} invalid")
+        for name in SETTINGS:
+            ours = [row for row in rows if row["setting"] == name and row["valid"]]
+            if not ours:
+                continue
+            ratio, half = interval([row["ratio"] for row in ours])
+            bare, _ = interval([row["ratio_bare"] for row in ours])
+            verdict = "within" if abs(ratio - 1) <= AIM else "beyond"
+            click.echo(
+                f"  {name:6s} live over simulated {ratio:.3f} ± {half:.3f}, {len(ours)} seeds, {verdict} {AIM:.0%}; "
+                f"without the way {bare:.3f}; refill {fmean(row['refill_ms'] for row in ours):.1f} ms"
+            )
 
 
 if __name__ == "__main__":

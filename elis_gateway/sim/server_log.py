@@ -32,10 +32,14 @@ class Record:
     stream: bool = False
     ids_prompt: bool = False
     """The prompt came as token ids."""
+    begun: float | None = None
+    """The engine got it."""
     started: float | None = None
     """First token."""
     tokens: int = 0
     """Tokens made."""
+    due: float | None = None
+    """The modelled engine made the last token; what lies between this and ``ended`` is this process being late."""
     ended: float | None = None
     how: str = "open"
     """``open``, ``stop``, ``length``, ``refused``, ``aborted`` (the client left), ``fault:<kind>`` or ``killed``."""

@@ -22,15 +22,19 @@ timer that fires a moment early would be set again and again."""
 class Ticket:
     """One call in the engine. ``produced`` tokens are there; ``wait`` returns when there are more."""
 
-    __slots__ = ("_waiter", "dead", "ended", "id", "produced", "size", "started")
+    __slots__ = ("_waiter", "begun", "dead", "due", "ended", "id", "produced", "size", "started")
 
     def __init__(self, ticket_id: int, size: int) -> None:
         self.id = ticket_id
         self.size = size
         """Prompt tokens."""
         self.produced = 0
+        self.begun: float | None = None
+        """Loop time at which the engine got it."""
         self.started: float | None = None
         """Loop time of the first token."""
+        self.due: float | None = None
+        """Loop time at which the model made the last token: this process may have come to it later."""
         self.ended = False
         self.dead = False
         """The engine was killed."""
@@ -89,8 +93,9 @@ class Pacer:
         """Give the engine a call of ``output`` tokens. Raises ValueError where it can never fit into memory."""
         self._next += 1
         ticket = Ticket(self._next, prompt)
+        ticket.begun = self._loop.time()
         if not self.delay:
-            ticket.produced, ticket.ended, ticket.started = output, True, self._loop.time()
+            ticket.produced, ticket.ended, ticket.started, ticket.due = output, True, ticket.begun, ticket.begun
             return ticket
         self._engine.start(ticket.id, prompt, cached, output, self._now(), mark_every=every, priority=priority)
         self._tickets[ticket.id] = ticket
@@ -128,7 +133,7 @@ class Pacer:
             if event.kind is EventKind.STARTED:
                 ticket.started = self._loop.time()
             elif event.kind is EventKind.ENDED:
-                ticket.ended = True
+                ticket.ended, ticket.due = True, event.at / self._speed
                 del self._tickets[ticket.id]
             ticket.news()
         due = self._engine.next_event()

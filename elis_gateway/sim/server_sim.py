@@ -125,7 +125,7 @@ class Sim:
                 response = await send_whole(request, body, ticket, fault=fault)
         finally:
             record.tokens = pacer.stop(ticket)
-            record.started = ticket.started
+            record.begun, record.started, record.due = ticket.begun, ticket.started, ticket.due
             if counted and record.tokens:
                 self.cache.store(call.prompt + script.ids[: record.tokens])
         record.status = response.status
