@@ -103,7 +103,12 @@ def embedded(folder: Path, slots: int, model: str, speed: float) -> Iterator[Eng
 
 @contextmanager
 def gateway(
-    folder: Path, name: str, engine: Engine, upstream: Mapping[str, Any], scheduler: Mapping[str, Any], predictor: str
+    folder: Path,
+    name: str,
+    engine: Engine,
+    upstream: Mapping[str, Any],
+    scheduler: Mapping[str, Any],
+    predictor: str | Mapping[str, Any],
 ) -> Iterator[tuple[str, str]]:
     """The gateway in front of ``engine``: base URLs of its public and its admin listener."""
     port, admin = free_port(), free_port()
@@ -113,7 +118,7 @@ def gateway(
         "admin": {"port": admin},
         "upstreams": [{"url": engine.url, "slots": engine.slots, "health": health, **upstream}],
         "scheduler": dict(scheduler),
-        "predictor": {"kind": predictor},
+        "predictor": {"kind": predictor} if isinstance(predictor, str) else dict(predictor),
     }
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(config))

@@ -252,7 +252,7 @@ def run(seeds: int, requests: int, load: float, slots: int, pace: float, tries: 
             for name in SETTINGS if seed % 2 == 0 else SETTINGS[::-1]:
                 for _ in range(tries if (name, seed) not in done else 0):
                     row = measure(at, question, name, seed)
-                    row = {"question": asdict(question), "setting": name, "seed": seed, **row, **about()}
+                    row = {"question": asdict(question), "setting": name, "seed": seed, **row, **stamp}
                     save(output, row)
                     tell(row)
                     if row["valid"]:

@@ -22,6 +22,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -259,32 +260,43 @@ def workers() -> tuple[list[Cell], Callable[[Rows], None]]:
     return list(cells.values()), show
 
 
-def _crossing(rates: Sequence[float], waits: Sequence[float], limit: float) -> str:
-    """The rate at which the mean wait reaches the limit, between the points."""
-    if waits[0] > limit:
-        return f"under {rates[0]:.2f}"
-    for (low, a), (high, b) in zip(
-        zip(rates, waits, strict=True), list(zip(rates, waits, strict=True))[1:], strict=False
-    ):
+def _crossing(at: Sequence[float], values: Sequence[float], limit: float, *, scale: float = 1.0) -> str:
+    """Where growing values reach the limit, between the points; told in units of 1 / ``scale``."""
+    digits = 2 if scale == 1.0 else 0
+    if values[0] > limit:
+        return f"under {at[0] * scale:.{digits}f}"
+    for (low, a), (high, b) in pairwise(zip(at, values, strict=True)):
         if b > limit:
-            return f"{low + (high - low) * (limit - a) / (b - a):.2f}"
-    return f"over {rates[-1]:.2f}"
+            return f"{(low + (high - low) * (limit - a) / (b - a)) * scale:.{digits}f}"
+    return f"over {at[-1] * scale:.{digits}f}"
 
 
 def overhead() -> tuple[list[Cell], Callable[[Rows], None]]:
     latencies = (0.0, 0.011, 0.05, 0.1, 0.25)
-    speeds = (1.0, 3.0)
-    settings = [("published (waits for every estimate)", PUBLISHED), ("default (goes on meanwhile)", DEFAULT)]
-    cells = {(name, speed, latency): Cell(setting=setting, knows="late0.6", latency=latency, pace=speed, load=0.85)
-             for name, setting in settings for speed in speeds for latency in latencies}  # fmt: skip
+    waits, goes_on = ("published, waits for every estimate", PUBLISHED), ("default, goes on meanwhile", DEFAULT)
+    places = [(*waits, speed, load) for speed in (1.0, 3.0) for load in (0.5, 0.7, 0.85, 0.95)]
+    places += [(*goes_on, speed, 0.85) for speed in (1.0, 3.0)]
+    cells = {
+        (name, speed, load, latency): Cell(setting=setting, knows="late0.6", latency=latency, pace=speed, load=load)
+        for name, setting, speed, load in places
+        for latency in latencies
+    }
 
     def show(rows: Rows) -> None:
-        body = [
-            [f"{name}, {30 * speed:g} tokens/s", *(ratios(rows, cells[name, speed, late]) for late in latencies)]
-            for name, _ in settings
-            for speed in speeds
-        ]
-        print(table(["mean JCT over first come's", *(f"{latency * 1e3:g} ms" for latency in latencies)], body))
+        body = []
+        for name, _, speed, load in places:
+            ours = [cells[name, speed, load, latency] for latency in latencies]
+            found = [ratios(rows, cell) for cell in ours]
+            jct = [plain(rows, cell, "mean") for cell in ours]
+            if any(one is None for one in (*found, *jct)):
+                continue
+            seconds = [one.mean for one in jct if one is not None]
+            # A fifth of the latency is overhead where that is a quarter more than without.
+            fifth = _crossing(latencies, [value / seconds[0] for value in seconds], 1.25, scale=1e3)
+            gone = _crossing(latencies, [one.mean for one in found if one is not None], 1.0, scale=1e3)
+            body.append([name, f"{30 * speed:g}", f"{load:g}", *found, fifth, gone])
+        heads = ["", "tokens/s", "load", *(f"{latency * 1e3:g} ms" for latency in latencies)]
+        print(table([*heads, "a fifth of latency at, ms", "no gain from, ms"], body))
 
     return list(cells.values()), show
 

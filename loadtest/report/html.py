@@ -50,7 +50,7 @@ def write(folder: Path, experiment: Experiment) -> None:
     images = folder / "plots"
     images.mkdir(exist_ok=True)
     for plot in plots:
-        plot.figure.savefig(images / f"{plot.name}.png", dpi=150, facecolor="white")
+        plot.figure.savefig(images / f"{plot.name}.png", dpi=190, facecolor="white")
     said = verdict(experiment, arms)
     text = page(store.introduction(experiment), said, bool(experiment.faults()), plots, tables(experiment, arms))
     (folder / "report.html").write_text(text, encoding="utf-8")

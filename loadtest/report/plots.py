@@ -140,7 +140,7 @@ def _comparison(data: _Data) -> Plot | None:
 def _legend(axes: Axes, entries: Sequence[tuple[str, str]], **options: Any) -> None:
     handles = [Line2D([], [], color=colour, lw=3, label=name) for name, colour in entries]
     where: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "borderaxespad": 0.2}
-    axes.legend(handles=handles, ncols=min(len(handles), 4), **{**where, **options})
+    axes.legend(handles=handles, ncols=min(len(handles), 3), **{**where, **options})
 
 
 def _by_decile(data: _Data) -> Plot | None:

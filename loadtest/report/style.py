@@ -60,7 +60,7 @@ SIZES: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "elis",
 }
-FIGURE, WIDE = (6.4, 4.0), (12.8, 4.6)
+FIGURE, WIDE = (5.0, 3.7), (11.4, 4.4)
 """Inches: half of a desktop's page, which fills a phone's; and all of it."""
 
 
