@@ -140,23 +140,21 @@ async def everything(pythons: list[Path], node: Path | None, say: Callable[[str]
             context = gateway(folder, [upstream], scheduler={"mode": "fixed", "window": 7})
             gate = await asyncio.to_thread(context.__enter__)
             try:
-                commands: dict[str, tuple[list[str], Path, list[str]]] = {}
+                commands: dict[tuple[str, str], tuple[list[str], Path]] = {}
                 for python in pythons:
                     for client, script in PYTHON.items():
                         package = "llama-index-llms-openai-like" if client.startswith("llama") else client
-                        if not await asyncio.to_thread(told, [str(python), "-c", VERSIONS, package], folder):
-                            continue
-                        commands[client] = (
-                            [str(python), "-c", script], folder, [str(python), "-c", VERSIONS, package],
-                        )  # fmt: skip
+                        asks = [str(python), "-c", VERSIONS, package]
+                        if version := (await asyncio.to_thread(told, asks, folder)).strip():
+                            commands[client, version] = [str(python), "-c", script], folder
                 if node is not None:
                     (node / "client.mjs").write_text(NODE)
-                    version = "console.log(require('./node_modules/openai/package.json').version)"
-                    commands["openai (node)"] = (["node", "client.mjs"], node, ["node", "-e", version])
-                for client, (argv, where, asks_version) in commands.items():
+                    asks = ["node", "-e", "console.log(require('./node_modules/openai/package.json').version)"]
+                    version = (await asyncio.to_thread(told, asks, node)).strip()
+                    commands["openai (node)", version] = ["node", "client.mjs"], node
+                for (client, version), (argv, where) in commands.items():
                     argv = [*argv, f"{gate.url}/v1", PROMPT, str(LIMIT)]
                     texts, wrong = await asyncio.to_thread(run, argv, where)
-                    version = (await asyncio.to_thread(told, asks_version, where)).strip()
                     same = {how: text == expected for how, text in texts.items()}
                     rows.append({"client": client, "version": version, "equal": same, "error": wrong})
                     say(f"{client} {version}: {same} {wrong}")

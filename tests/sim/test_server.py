@@ -313,7 +313,7 @@ async def test_the_request_log_says_what_was_asked(client: Client) -> None:
     wanted = {"path": COMPLETIONS, "request_id": "r-1", "prompt_tokens": 20, "max_tokens": 5, "limit": 5, "priority": 3}
     assert wanted.items() <= first.items()
     assert (first["tokens"], first["how"], first["ids_prompt"], first["closed"]) == (5, "length", True, None)
-    assert first["arrival"] <= first["started"] <= first["ended"]
+    assert first["arrival"] <= first["begun"] <= first["started"] <= first["due"] <= first["ended"]
     assert (second["how"], second["tokens"], second["max_tokens"]) == ("stop", 4, None)
 
 
