@@ -106,9 +106,9 @@ tokens aside, log-probabilities within 0.002. Answers of 10 tokens, on a machine
   (`conformance-vllm-subset.json`): 336 of 336 equal.
 - The official Python and JavaScript clients, LangChain's, LlamaIndex's and litellm, unmodified, on answers with a seam
   at every seventh token: `benchmarks/clients.py`, `benchmarks/results/clients.json`.
-- The official Python client's helpers (`parse`, `stream` and their asynchronous forms, structured answers, tools chosen,
-  required and named, `responses`) against the real vLLM with a tool parser, directly and through the gateway: 18 of 18
-  equal, what they raise included: `benchmarks/clients_tools.py`, `clients-tools.json`.
+- The official Python client's helpers (`parse`, `stream` and their asynchronous forms, structured answers, tools on
+  offer, required and named, `responses`) against the real vLLM with a tool parser, directly and through the gateway:
+  18 of 18 equal, what they raise included: `benchmarks/clients_tools.py`, `clients-tools.json`.
 - vLLM's own serving benchmark, unmodified, chat and completions: nothing fails, as many tokens come as from the engine
   alone: `benchmarks/load_generators.py`, `load-generators.jsonl`.
 - What a chunk costs, against the tree before: `benchmarks/wire_speed.py`, `benchmarks/results/wire-speed.json`.
