@@ -207,15 +207,16 @@ class EncodeOnce(_Shipped):
         if trace.made and view.attained and (first := trace.made[min(trace.made)]).attained < view.attained:
             sight = sight._replace(first=first.whole)
         prediction = self.learner.predict(view.model, view.app, sight)
-        history = self.learner.history.instant(view)
+        history = self.learner.history
         if len(trace.made) < _WINDOWS or view.attained in trace.made:
             trace.made[view.attained] = prediction
-            before = prediction.mean if history is None else history.remaining
+            before = history.mean(view)
             trace.moments[view.attained] = Moment(
-                view.attained, prediction.mean, prediction.low, prediction.high, before
-            )
-        if history is not None and not self.audit.trusts(view.model):
-            return history
+                view.attained, prediction.mean, prediction.low, prediction.high,
+                prediction.mean if before is None else before,
+            )  # fmt: skip
+        if not self.audit.trusts(view.model) and (plain := history.instant(view)) is not None:
+            return plain
         return Estimate(prediction.mean, prediction.gittins, "bge" if known is not None else "bge-instant")
 
     def wants_refining(self, view: View) -> bool:

@@ -60,9 +60,10 @@ class LengthTable:
     """Mean remaining length and Gittins index at every age. Built in one pass over the bins; then immutable.
 
     Within a bin the length is taken as uniform over its whole tokens. Lengths beyond the last edge count as the edge.
+    The tangents, which only the index needs, are found when it is first asked for.
     """
 
-    __slots__ = ("_best", "_hazard", "_mean", "_memo", "_survival")
+    __slots__ = ("_best", "_hazard", "_mean", "_medians", "_memo", "_survival")
 
     def __init__(self, hazards: Sequence[float]) -> None:
         hazard = array("d", [h if h < _MOST else _MOST for h in hazards])
@@ -77,8 +78,9 @@ class LengthTable:
             h, width = hazard[i], _WIDTHS[i]
             mean[i] = width - h * (width - 1) * 0.5 + (1.0 - h) * mean[i + 1]
         self._hazard, self._mean, self._survival = hazard, mean, survival
-        self._best = self._tangents()
+        self._best: array[int] | None = None
         self._memo: dict[tuple[int, int | None], tuple[float, float]] = {}
+        self._medians: dict[int, float] = {}
 
     def _tangents(self) -> array[int]:
         """For every edge the later edge at which stopping to look again is best."""
@@ -115,22 +117,28 @@ class LengthTable:
             found = memo[age, allowed] = self._compute(age, allowed)
         return found
 
+    def mean(self, age: int, allowed: int | None = None) -> float:
+        """The first of what a call gives, without the cost of the second."""
+        return 1.0 if age >= EDGES[-1] else self._capped(age, allowed)[0]
+
+    def _capped(self, age: int, allowed: int | None) -> tuple[float, int]:
+        """(mean remaining, the age at which it is cut off)."""
+        mean, survival = self._mean_at(age, bin_of(age))
+        reach = EDGES[-1] if allowed is None else min(age + max(allowed, 1), EDGES[-1])
+        if reach < EDGES[-1]:
+            rest, beyond = self._mean_at(reach, bin_of(reach))
+            mean -= (beyond / survival if survival > 0.0 else 0.0) * rest
+        # Rounding, where hardly anyone is left, must not leave the allowed range.
+        return max(min(mean, float(reach - age)), 1.0), reach
+
     def _compute(self, age: int, allowed: int | None) -> tuple[float, float]:
         if age >= EDGES[-1]:
             return 1.0, 1.0
+        if self._best is None:
+            self._best = self._tangents()
         i = bin_of(age)
         mean, survival = self._mean_at(age, i)
-        if allowed is not None:
-            reach = age + (allowed if allowed > 1 else 1)
-            if reach < EDGES[-1]:
-                rest, beyond = self._mean_at(reach, bin_of(reach))
-                capped = mean - (beyond / survival if survival > 0.0 else 0.0) * rest
-            else:
-                reach, capped = EDGES[-1], mean
-        else:
-            reach, capped = EDGES[-1], mean
-        # Rounding, where hardly anyone is left, must not leave the allowed range.
-        capped = max(min(capped, float(reach - age)), 1.0)
+        capped, reach = self._capped(age, allowed)
         # Being cut off at ``reach`` is certain, so capped / 1 is one candidate; the others are edges within reach.
         index = capped
         for j in {self._best[i], self._best[i + 1], i + 1}:
@@ -155,6 +163,14 @@ class LengthTable:
         """What remains after ``age`` tokens, at even odds; at least 1."""
         if age >= EDGES[-1]:
             return 1.0
+        found = self._medians.get(age)
+        if found is None:
+            if len(self._medians) >= _MEMO:
+                self._medians.clear()
+            found = self._medians[age] = self._median(age)
+        return found
+
+    def _median(self, age: int) -> float:
         _, here = self._mean_at(age, bin_of(age))
         half = 0.5 * here
         survival = self._survival

@@ -115,18 +115,23 @@ class _Lengths:
         self.unit = 1.0
 
     def current(self, strength: float) -> LengthTable:
-        """The table, made anew where enough has been learned: 3 % more answers here, or 20 % more at the parent."""
-        parent = self.parent
-        stale = self.table is None or self.changes >= self.fresh
-        if parent is not None and not stale and parent.changes > 1.2 * self.built + 16:
-            stale = True
-        return self._build(strength) if stale or self.table is None else self.table
+        """The table of ``known``, made when somebody asks for it."""
+        hazards = self.known(strength)
+        if self.table is None:
+            self.table = LengthTable(hazards)
+        return self.table
 
-    def _build(self, strength: float) -> LengthTable:
+    def known(self, strength: float) -> array[float]:
+        """The hazards, made anew where enough has been learned: 3 % more answers here, or 20 % more at the parent."""
+        parent = self.parent
+        if self.changes >= self.fresh or (parent is not None and parent.changes > 1.2 * self.built + 16):
+            self._build(strength)
+        return self.hazards
+
+    def _build(self, strength: float) -> None:
         prior: Sequence[float] = _PRIOR
         if self.parent is not None:
-            self.parent.current(strength)
-            prior = self.parent.hazards
+            prior = self.parent.known(strength)
             self.built = self.parent.changes
         hazards = array("d", bytes(8 * BINS))
         ended, lasted, partly = self.ended, self.lasted, self.partly
@@ -138,8 +143,7 @@ class _Lengths:
             beyond += ended[i] + lasted[i]
         self.hazards = hazards
         self.fresh = self.changes + 1 + int(0.03 * self.seen)
-        self.table = LengthTable(hazards)
-        return self.table
+        self.table = None
 
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = {"seen": round(self.seen, 3)}
@@ -193,11 +197,18 @@ class History:
             self._load(self._path)
 
     def instant(self, view: View) -> Estimate | None:
-        known = self._apps.get((view.model, view.app)) or self._models.get(view.model) or self._all
         if not self._all.changes:
             return None
-        mean, index = known.current(self._strength)(view.attained, view.allowed)
+        mean, index = self._table(view.model, view.app)(view.attained, view.allowed)
         return Estimate(mean, index, "history")
+
+    def mean(self, view: View) -> float | None:
+        """What ``instant`` says remains, for less."""
+        return self._table(view.model, view.app).mean(view.attained, view.allowed) if self._all.changes else None
+
+    def _table(self, model: str, app: str) -> LengthTable:
+        known = self._apps.get((model, app)) or self._models.get(model) or self._all
+        return known.current(self._strength)
 
     async def refine(self, views: Sequence[View]) -> list[Estimate | None]:
         return [self.instant(view) for view in views]
@@ -217,8 +228,7 @@ class History:
 
     def median(self, model: str, app: str, attained: int) -> float:
         """Even odds of what remains after ``attained`` tokens, in tokens; a broad guess before the first answer."""
-        known = self._apps.get((model, app)) or self._models.get(model) or self._all
-        return known.current(self._strength).median(attained)
+        return self._table(model, app).median(attained)
 
     def _model(self, model: str) -> _Lengths:
         known = self._models.get(model)

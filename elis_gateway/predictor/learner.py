@@ -28,7 +28,10 @@ import zipfile
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import pairwise
 from math import erfc, exp, log, sqrt
+from operator import neg
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,9 +45,10 @@ __all__ = ["Learner", "Prediction", "Sight"]
 
 _log = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 
 Vector = npt.NDArray[np.float64]
+Inputs = npt.NDArray[np.float32]
 
 _CLIP = 2.0
 """Log ratio beyond which a surprise counts as one of this size, and beyond which no line is followed."""
@@ -72,6 +76,12 @@ _PENALTY_FIXED = (1.0, 10.0, 10.0, 10.0, 10.0)
 _PENALTY_FEATURES = 200.0
 _PENALTY_REDUCED = 600.0
 """Rows at which data and belief weigh the same, for an input of variance 1. Chosen on validation prompts."""
+_RENEW = 0.05
+"""Share of new answers after which a line, a slope or a table is made anew."""
+_WAITING = 32
+"""Moments that wait for the matrix product that takes them all, at most."""
+_UNIT = 1e9
+"""How large a growing unit may become."""
 _STEPS = (2.0, 10.0, 3.0)
 """Penalties of all, model and application relative to these: levels below lean on what has seen the same answers."""
 
@@ -106,7 +116,7 @@ class Prediction(NamedTuple):
     attained: int
     anchor: float
     """Log of history's median of what remains."""
-    inputs: Vector
+    inputs: Inputs
     kind: int
     """Which spread."""
 
@@ -132,7 +142,7 @@ class Learner:
         """``features``, ``reduced``: how many there are; ``layout``: a name of what they mean. ``max_apps``: (model,
         application) pairs with a line and spreads of their own."""
         self.history = history if history is not None else History(horizon=horizon)
-        self._decay = 1.0 - 1.0 / (horizon + 1.0)
+        self._growth = 1.0 + 1.0 / horizon
         self._max_apps = max_apps
         self._shape(features, reduced, layout)
 
@@ -159,17 +169,17 @@ class Learner:
         inputs = self._vector(sight, anchor)
         kind = _kind(sight)
         spread = level.spreads[kind]
-        ratio = spread.place(level.line(inputs))
-        scale = exp(min(max(anchor + ratio, 0.0), 13.0))
-        made = Prediction(*spread(scale, sight.allowed), scale, sight.attained, anchor, inputs, kind)
+        [line] = level.lines(inputs[None, :])
+        scale = exp(min(max(anchor + spread.place(line), 0.0), 13.0))
+        made = Prediction(*spread.table()(scale, sight.allowed), scale, sight.attained, anchor, inputs, kind)
         if sight.first is None or not sight.attained:
             return made
         # Half of the index is the first estimate's, counted down.
         left = max(sight.first - sight.attained, _LEAST_LEFT) * made.mean / scale
         return made._replace(gittins=_within(made.gittins * (left / made.mean) ** _DAMPING, _most(sight.allowed)))
 
-    def _vector(self, sight: Sight, anchor: float) -> Vector:
-        inputs = np.zeros(self.inputs)
+    def _vector(self, sight: Sight, anchor: float) -> Inputs:
+        inputs = np.zeros(self.inputs, dtype=np.float32)
         inputs[0] = 1.0
         inputs[1] = anchor - _ANCHOR
         if sight.shipped is not None:
@@ -263,16 +273,18 @@ class Learner:
         made = _chosen([each for each in made if each.attained < tokens or not complete])
         if not made:
             return
+        rows = np.array([each.inputs for each in made])
+        trues = [(log(max(tokens - each.attained, 0.5)) - each.anchor, each.kind) for each in made]
         for level, weight in self._levels(model, app):
-            level.learn(made, tokens, complete, weight, self._decay)
+            level.learn(rows, trues, complete, weight, self._growth)
             if level.stale:
                 level.solve(self._penalty, self.reduced)
 
     def _levels(self, model: str, app: str) -> list[tuple[_Level, float]]:
         """All, the model, the application, and what one answer of this application counts there."""
         at_model, at_app = self._model(model), self._app(model, app)
-        to_all = at_app.to_all.take(self._all.count, self._all.seen, self._decay)
-        to_model = at_app.to_model.take(at_model.count, at_model.seen, self._decay)
+        to_all = at_app.to_all.take(self._all.count, self._all.seen, 1.0 / self._growth)
+        to_model = at_app.to_model.take(at_model.count, at_model.seen, 1.0 / self._growth)
         return [(self._all, to_all), (at_model, to_model), (at_app, 1.0)]
 
     def _model(self, model: str) -> _Level:
@@ -304,6 +316,9 @@ def _kind(sight: Sight) -> int:
 _AGES = (0, 99, 199, 399)
 _KINDS = 2 * (len(_AGES) + 1)
 
+_True = tuple[float, int]
+"""Log of (what remained / anchor), and which spread."""
+
 
 def _chosen(made: list[Prediction]) -> list[Prediction]:
     """At most ``_ROWS`` of them: the first ones, which most jobs have, then ever fewer."""
@@ -316,17 +331,27 @@ def _chosen(made: list[Prediction]) -> list[Prediction]:
 
 
 class _Level:
-    """What is known of all, of a model or of an application: a line and its spreads."""
+    """What is known of all, of a model or of an application: a line and its spreads.
+
+    Old answers fade because newer ones count more: sums are kept in units that grow, and nothing is touched to decay.
+    Moments wait, a few jobs' worth, until one matrix product takes them all.
+    """
 
     __slots__ = (
-        "coefficients", "count", "depth", "due", "high", "low", "moments", "parent", "seen", "spreads", "to_all",
-        "to_model", "with_target",
+        "coefficients", "count", "depth", "due", "high", "low", "moments", "parent", "seen", "spreads", "targets",
+        "to_all", "to_model", "unit", "waiting", "weights", "with_target",
     )  # fmt: skip
 
     def __init__(self, parent: _Level | None, inputs: int, depth: int) -> None:
         self.parent, self.depth = parent, depth
         self.moments = np.zeros((inputs, inputs))
         self.with_target = np.zeros(inputs)
+        self.unit = 1.0
+        """What one answer counts now, in ``moments`` and ``with_target``."""
+        self.waiting: list[Inputs] = []
+        """Inputs that are not in the moments yet, and with them what each counts and what was true."""
+        self.weights: list[float] = []
+        self.targets: list[float] = []
         self.seen = 0.0
         """Answers, faded."""
         self.count = 0
@@ -334,63 +359,65 @@ class _Level:
         self.due = 1
         """``count`` at which to solve again."""
         if parent is None:
-            self.coefficients = np.zeros(inputs)
-            self.coefficients[2] = _TRUST
+            self.coefficients = _first(inputs)
         else:
             self.coefficients = parent.coefficients
-        self.low: Vector = np.full(inputs, -np.inf) if parent is None else parent.low
-        self.high: Vector = np.full(inputs, np.inf) if parent is None else parent.high
+        self.low: Inputs = np.full(inputs, -np.inf, dtype=np.float32) if parent is None else parent.low
+        self.high: Inputs = np.full(inputs, np.inf, dtype=np.float32) if parent is None else parent.high
         self.spreads: list[_Spread] = [
             _Spread(None if parent is None else parent.spreads[kind]) for kind in range(_KINDS)
         ]
         self.to_all, self.to_model = Share(), Share()
 
-    def line(self, inputs: Vector) -> float:
-        """Log of (what remains / anchor), within bounds."""
-        seen = np.minimum(np.maximum(inputs, self.low), self.high)
-        return min(max(float(seen @ self.coefficients), -_CLIP), _CLIP)
+    def lines(self, inputs: Inputs) -> list[float]:
+        """Log of (what remains / anchor) for every row, within bounds."""
+        seen = np.minimum(np.maximum(inputs, self.low), self.high) @ self.coefficients
+        lines: list[float] = np.minimum(np.maximum(seen, -_CLIP), _CLIP).tolist()
+        return lines
 
     @property
     def stale(self) -> bool:
         return self.count >= self.due
 
-    def learn(self, made: Sequence[Prediction], tokens: int, complete: bool, weight: float, decay: float) -> None:
+    def learn(self, rows: Inputs, trues: Sequence[_True], complete: bool, weight: float, growth: float) -> None:
+        """``rows``: the inputs of the job's predictions; ``weight``: what this answer counts here."""
         self.count += 1
-        self.seen = self.seen * decay + weight
-        self.moments *= decay
-        self.with_target *= decay
-        inputs = np.stack([each.inputs for each in made])
-        lines = [self.line(each.inputs) for each in made]
-        targets = np.empty(len(made))
+        self.seen = self.seen / growth + weight
+        self.unit *= growth
         # Moments of one answer are not independent of each other.
-        weights = np.full(len(made), weight / sqrt(len(made)))
-        for i, each in enumerate(made):
-            line, spread = lines[i], self.spreads[each.kind]
-            true = log(max(tokens - each.attained, 0.5)) - each.anchor
-            off = true - spread.place(line)
-            if not complete:
-                # What it would have come to, given that it came so far.
-                expected, sure = spread.beyond(off)
-                weights[i] *= sure
-                bound, off = off, expected
-            else:
-                bound = off
-            spread.learn(bound, complete, weight)
-            true = spread.place(line) + min(max(off, -_CLIP), _CLIP)
-            spread.compare(line, true, float(weights[i]))
-            targets[i] = true
-        weighted = inputs * weights[:, None]
-        self.moments += weighted.T @ inputs
-        self.with_target += weighted.T @ targets
+        share = weight / sqrt(len(trues))
+        spreads = self.spreads
+        for (true, kind), line in zip(trues, self.lines(rows), strict=True):
+            target, counts = spreads[kind].learn(line, true, complete, weight, share)
+            self.weights.append(counts * self.unit)
+            self.targets.append(target)
+        self.waiting.extend(rows)
+        if len(self.waiting) >= _WAITING:
+            self.gather()
+
+    def gather(self) -> None:
+        """Take what waits into the moments."""
+        if self.waiting:
+            inputs = np.array(self.waiting)
+            # Single precision: rounding is nothing beside what an answer's length owes to chance.
+            weighted = (inputs * np.array(self.weights, dtype=np.float32)[:, None]).T
+            self.moments += weighted @ inputs
+            self.with_target += weighted @ np.array(self.targets, dtype=np.float32)
+            for waiting in (self.waiting, self.weights, self.targets):
+                waiting.clear()
+        if self.unit > _UNIT:
+            self.moments /= self.unit
+            self.with_target /= self.unit
+            self.unit = 1.0
 
     def numbers(self) -> dict[str, npt.NDArray[Any]]:
         """What is to be kept of it; the upper half of the moments is all of them."""
-        upper = np.triu_indices(len(self.moments))
+        self.gather()
         return {
-            "moments": self.moments[upper].astype(np.float32),
-            "with_target": self.with_target,
-            "spreads": np.stack([(s.ended, s.lasted) for s in self.spreads]).astype(np.float32),
-            "slopes": np.stack([s.sums for s in self.spreads]),
+            "moments": (self.moments[_upper(len(self.moments))] / self.unit).astype(np.float32),
+            "with_target": self.with_target / self.unit,
+            "spreads": np.array([spread.counts() for spread in self.spreads], dtype=np.float32),
+            "slopes": np.array([spread.slopes() for spread in self.spreads]),
             "counts": np.array(
                 [self.seen, self.count, self.to_all.given, self.to_all.at, self.to_model.given, self.to_model.at]
             ),
@@ -398,15 +425,12 @@ class _Level:
 
     def restore(self, numbers: dict[str, npt.NDArray[Any]]) -> None:
         """Take up what ``numbers`` gave. Raises ValueError for arrays of another shape."""
-        upper = np.triu_indices(len(self.moments))
+        upper = _upper(len(self.moments))
         self.moments[upper] = numbers["moments"]
         self.moments.T[upper] = numbers["moments"]
         self.with_target[:] = numbers["with_target"]
-        for spread, (ended, lasted) in zip(self.spreads, numbers["spreads"], strict=True):
-            spread.ended[:], spread.lasted[:] = ended, lasted
-            spread.changes = int((spread.ended + spread.lasted).sum())
-        for spread, sums in zip(self.spreads, numbers["slopes"], strict=True):
-            spread.sums[:] = sums
+        for spread, counts, slopes in zip(self.spreads, numbers["spreads"], numbers["slopes"], strict=True):
+            spread.restore(counts, slopes)
         seen, count, *shares = (float(number) for number in numbers["counts"])
         self.seen, self.count = seen, int(count)
         self.to_all.given, self.to_model.given = shares[0], shares[2]
@@ -415,7 +439,8 @@ class _Level:
     def solve(self, penalty: Vector, reduced: int) -> None:
         """The line anew, from what was gathered and from the level above. The last ``reduced`` inputs, principal
         components, share one variance: the smaller ones are to count less."""
-        self.due = self.count + 1 + int(0.05 * min(self.count, 1000))
+        self.due = self.count + 1 + int(_RENEW * min(self.count, 1000))
+        self.gather()
         total = self.moments[0, 0]
         if total <= 0.0:
             return
@@ -424,20 +449,25 @@ class _Level:
         variance = np.maximum(self.moments.diagonal() / total - mean**2, 0.0)
         reach = _SEEN * np.sqrt(variance)
         reach[:_FIXED] = np.inf
-        self.low, self.high = mean - reach, mean + reach
+        self.low, self.high = (mean - reach).astype(np.float32), (mean + reach).astype(np.float32)
         variance[:_FIXED] = 1.0
         counters = len(variance) - reduced
         variance[_FIXED:counters] = np.maximum(variance[_FIXED:counters], _RARE)
         if reduced:
             variance[counters:] = max(variance[counters:].mean(), 1e-5)
-        lean = penalty * variance * _STEPS[self.depth]
+        lean = penalty * variance * (_STEPS[self.depth] * self.unit)
         left = self.moments.copy()
         left.flat[:: len(left) + 1] += lean
-        self.coefficients = np.linalg.solve(left, self.with_target + lean * believed)
+        self.coefficients = np.linalg.solve(left, self.with_target + lean * believed).astype(np.float32)
 
 
-def _first(inputs: int) -> Vector:
-    believed = np.zeros(inputs)
+@cache
+def _upper(size: int) -> tuple[npt.NDArray[np.intp], ...]:
+    return np.triu_indices(size)
+
+
+def _first(inputs: int) -> Inputs:
+    believed = np.zeros(inputs, dtype=np.float32)
     believed[2] = _TRUST
     return believed
 
@@ -447,22 +477,23 @@ def _first(inputs: int) -> Vector:
 _LOW, _HIGH, _STEP = -4.0, 2.5, 0.125
 """Log ratios. No further up: what lasts 12 times as long as expected is a loop, and must not become the mean."""
 _BINS = round((_HIGH - _LOW) / _STEP)
-_RATIOS = np.exp(np.linspace(_LOW, _HIGH, _BINS + 1))
-"""Bin i holds the ratios from _RATIOS[i] to _RATIOS[i + 1]; what lies outside counts in the bins at the ends."""
+_EDGES: list[float] = np.exp(np.linspace(_LOW, _HIGH, _BINS + 1)).tolist()
+"""Bin i holds the ratios from _EDGES[i] to _EDGES[i + 1]; what lies outside counts in the bins at the ends."""
+_WIDTHS = [high - low for low, high in pairwise(_EDGES)]
+_HIGHEST = _EDGES[-1]
 _STRENGTH = 8.0
 """Answers that what is known at the level above counts as."""
-_KEEP = 1.0 - 1.0 / 300.0
-"""How a surprise fades with every further one: the line gets better, how wrong it was at first is of no interest."""
+_GROWTH = 300.0 / 299.0
+"""How much more the next surprise counts: the line gets better, how wrong it was at first is of no interest."""
 _SLOPE_STRENGTH, _SLOPE_VARIANCE = 30.0, 0.15
 """The same for slope and shift of the line, and the variance of what it says that goes with it."""
 
 
-def _prior() -> Vector:
+def _prior() -> list[float]:
     """Hazards of a log-normal ratio around 1."""
-    beyond = np.array([0.5 * erfc(x / (0.7 * sqrt(2.0))) for x in np.linspace(_LOW, _HIGH, _BINS + 1)])
+    beyond = [0.5 * erfc((_LOW + i * _STEP) / (0.7 * sqrt(2.0))) for i in range(_BINS + 1)]
     beyond[0] = 1.0
-    hazards: Vector = 1.0 - beyond[1:] / beyond[:-1]
-    return hazards
+    return [1.0 - after / before for before, after in pairwise(beyond)]
 
 
 _PRIOR = _prior()
@@ -472,80 +503,143 @@ class _Spread:
     """How far to follow the line, and the distribution of (what remained / what was then said), with look-ups in it.
 
     A line fitted to few answers says too much: what it says of answers it was not fitted to is to be taken by a slope
-    below one, the smaller the later in an answer.
+    below one, the smaller the later in an answer. Slope, hazards and table are made anew where enough was learned,
+    each only when it is asked for: plain floats, since a numpy array of five costs more than what is in it.
     """
 
-    __slots__ = ("changes", "due", "ended", "hazards", "lasted", "parent", "shift", "slope", "sums", "table")
+    __slots__ = (
+        "_built", "_hazards", "_placed", "_slope", "_table", "changes", "ended", "lasted", "line", "line_line",
+        "line_true", "parent", "shift", "slope", "true", "unit", "weight",
+    )  # fmt: skip
 
     def __init__(self, parent: _Spread | None) -> None:
         self.parent = parent
-        self.ended = np.zeros(_BINS)
-        self.lasted = np.zeros(_BINS)
+        self.ended = [0.0] * _BINS
+        self.lasted = [0.0] * _BINS
+        self.weight = self.line = self.true = self.line_line = self.line_true = 0.0
+        """Sums of weights, of what the line said, of what was true, and of the former's products with both."""
+        self.unit = 1.0
+        """What one surprise counts now."""
         self.changes = 0
-        self.due = 0
-        self.hazards: Vector = _PRIOR
-        self.table: _Table | None = None
-        self.sums = np.zeros(5)
-        """Weights, what the line said, what was true, and the first two's products with the second."""
         self.slope: float = 1.0 if parent is None else parent.slope
         self.shift: float = 0.0 if parent is None else parent.shift
+        self._placed = self._built = 0
+        """``changes`` at which slope, and hazards, are due."""
+        self._hazards: list[float] = _PRIOR
+        self._table: _Table | None = None
 
     def place(self, line: float) -> float:
         """What to make of what the line says: log of (what remains / anchor)."""
-        self.current()
+        if self.changes >= self._placed:
+            self._calibrate()
         return self.shift + self.slope * line
 
-    def compare(self, line: float, true: float, weight: float) -> None:
-        self.sums *= _KEEP
-        self.sums += weight * np.array((1.0, line, true, line * line, line * true))
+    def _slant(self) -> tuple[float, float]:
+        if self.changes >= self._placed:
+            self._calibrate()
+        return self.slope, self.shift
 
     def _calibrate(self) -> None:
-        slope, shift = (1.0, 0.0) if self.parent is None else (self.parent.slope, self.parent.shift)
-        count, lines, trues, squares, products = self.sums.tolist()
+        self._placed = self._next()
+        slope, shift = (1.0, 0.0) if self.parent is None else self.parent._slant()
+        count = self.weight / self.unit
         if count > 0.0:
-            spread = squares - lines * lines / count
-            together = products - lines * trues / count
+            lines, trues = self.line / self.unit, self.true / self.unit
+            spread = self.line_line / self.unit - lines * lines / count
+            together = self.line_true / self.unit - lines * trues / count
             believed = _SLOPE_STRENGTH * _SLOPE_VARIANCE
-            self.slope = min(max((together + believed * slope) / (spread + believed), 0.1), 1.2)
-            ours = (trues - self.slope * lines) / count
-            self.shift = (count * ours + _SLOPE_STRENGTH * shift) / (count + _SLOPE_STRENGTH)
-        else:
-            self.slope, self.shift = slope, shift
+            slope = min(max((together + believed * slope) / (spread + believed), 0.1), 1.2)
+            ours = (trues - slope * lines) / count
+            shift = (count * ours + _SLOPE_STRENGTH * shift) / (count + _SLOPE_STRENGTH)
+        self.slope, self.shift = slope, shift
 
-    def learn(self, off: float, complete: bool, weight: float) -> None:
-        self.ended *= _KEEP
-        self.lasted *= _KEEP
-        counts = self.ended if complete else self.lasted
-        counts[min(max(int((off - _LOW) / _STEP), 0), _BINS - 1)] += weight
+    def learn(self, line: float, true: float, complete: bool, weight: float, share: float) -> tuple[float, float]:
+        """The line said one thing, and another was true, or with ``complete`` False a bound of it. ``weight``: what
+        that counts for the distribution, ``share``: for the slope. Returns what the line is to learn, and how much
+        that is worth."""
+        placed = self.place(line)
+        off = bound = true - placed
+        if not complete:
+            # What it would have come to, given that it came so far.
+            off, sure = self.beyond(bound)
+            share *= sure
+        target = placed + (_CLIP if off > _CLIP else -_CLIP if off < -_CLIP else off)
         self.changes += 1
+        self.unit *= _GROWTH
+        at = int((bound - _LOW) / _STEP)
+        counts = self.ended if complete else self.lasted
+        counts[0 if at < 0 else at if at < _BINS else _BINS - 1] += weight * self.unit
+        now = share * self.unit
+        self.weight += now
+        self.true += now * target
+        now *= line
+        self.line += now
+        self.line_line += now * line
+        self.line_true += now * target
+        if self.unit > _UNIT:
+            self._rescale()
+        return target, share
 
-    def current(self) -> _Table:
-        if self.table is None or self.changes >= self.due:
-            prior = _PRIOR
-            if self.parent is not None:
-                self.parent.current()
-                prior = self.parent.hazards
-            gone = self.ended + self.lasted
-            beyond = np.concatenate([np.cumsum(gone[::-1])[::-1][1:], [0.0]])
-            self._calibrate()
-            self.hazards = (self.ended + _STRENGTH * prior) / (self.ended + beyond + _STRENGTH)
-            self.due = self.changes + 1 + int(0.05 * min(self.changes, 2000))
-            self.table = _Table(self.hazards)
-        return self.table
+    def _rescale(self) -> None:
+        ended, lasted = self.counts()
+        self.ended, self.lasted = list(ended), list(lasted)
+        self.weight, self.line, self.true, self.line_line, self.line_true = self.slopes()
+        self.unit = 1.0
+
+    def _next(self) -> int:
+        return self.changes + 1 + int(_RENEW * min(self.changes, 2000))
+
+    def hazards(self) -> list[float]:
+        """Of each bin: the share of those that came so far which end in it."""
+        if self.changes >= self._built:
+            self._built = self._next()
+            self._table = None
+            prior = _PRIOR if self.parent is None else self.parent.hazards()
+            hazards = [0.0] * _BINS
+            strength = _STRENGTH * self.unit
+            beyond = strength
+            for i in range(_BINS - 1, -1, -1):
+                ended = self.ended[i]
+                beyond += ended
+                hazards[i] = (ended + strength * prior[i]) / beyond
+                beyond += self.lasted[i]
+            self._hazards = hazards
+        return self._hazards
+
+    def table(self) -> _Table:
+        hazards = self.hazards()
+        if self._table is None:
+            self._table = _Table(hazards)
+        return self._table
 
     def beyond(self, off: float) -> tuple[float, float]:
         """(expected log ratio given that it exceeds ``off``, how much a bound there says, 0 … 1)."""
-        survival = self.current().survival
+        survival = self.table().survival
         at = min(max(int((off - _LOW) / _STEP), 0), _BINS - 1)
         left = survival[at]
         if left <= 1e-9:
             return off, 1.0
-        share = (survival[at:-1] - survival[at + 1 :]) / left
-        centres = _LOW + (np.arange(at, _BINS) + 0.5) * _STEP
-        return max(float(share @ centres), off), 1.0 - float(left)
+        ends = (survival[i] - survival[i + 1] for i in range(at, _BINS))
+        expected = sum(share * (_LOW + (i + 0.5) * _STEP) for i, share in enumerate(ends, at)) / left
+        return max(expected, off), 1.0 - left
 
-    def __call__(self, scale: float, allowed: int | None) -> _Shape:
-        return self.current()(scale, allowed)
+    def counts(self) -> tuple[list[float], list[float]]:
+        """Surprises and bounds by bin, as they count today."""
+        return [n / self.unit for n in self.ended], [n / self.unit for n in self.lasted]
+
+    def slopes(self) -> tuple[float, ...]:
+        """The sums from which slope and shift follow, as they count today."""
+        sums = (self.weight, self.line, self.true, self.line_line, self.line_true)
+        return tuple(each / self.unit for each in sums)
+
+    def restore(self, counts: npt.NDArray[Any], slopes: npt.NDArray[Any]) -> None:
+        """Take up what ``counts`` and ``slopes`` gave. Raises ValueError for arrays of another shape."""
+        if counts.shape != (2, _BINS) or slopes.shape != (5,):
+            raise ValueError(f"spreads of shape {counts.shape}, slopes of {slopes.shape}")
+        self.ended, self.lasted = counts.tolist()
+        self.weight, self.line, self.true, self.line_line, self.line_true = slopes.tolist()
+        self.unit = 1.0
+        self.changes = int(counts.sum())
 
 
 _Shape = tuple[float, float, float, float, float]
@@ -557,21 +651,23 @@ class _Table:
 
     __slots__ = ("index", "mean", "means", "quantiles", "survival")
 
-    def __init__(self, hazards: Vector) -> None:
-        kept = 1.0 - np.minimum(hazards, 0.999999)
-        kept[-1] = 0.0
-        survival = np.concatenate([[1.0], np.cumprod(kept)])
-        ends = survival[:-1] - survival[1:]
-        widths = np.diff(_RATIOS)
-        # E[min(ratio, edge)]: what lasts beyond a bin adds its width, what ends in it half of that.
-        means = np.concatenate([[0.0], np.cumsum(widths * (survival[1:] + 0.5 * ends))]) + _RATIOS[0]
-        with np.errstate(divide="ignore"):
-            slopes = means / (1.0 - survival)
-        self.survival: Vector = survival
-        self.means: list[float] = means.tolist()
-        self.index: list[float] = np.minimum.accumulate(slopes).tolist()
-        self.mean = self.means[-1]
-        self.quantiles: list[float] = _RATIOS[np.searchsorted(-survival, (-0.5, -0.9, -0.1))].tolist()
+    def __init__(self, hazards: Sequence[float]) -> None:
+        left, mean, best = 1.0, _EDGES[0], float("inf")
+        survival, means, index = [left], [mean], [best]
+        for hazard, width in zip(hazards, _WIDTHS, strict=True):
+            stays = left * (1.0 - min(hazard, 0.999999))
+            # E[min(ratio, edge)]: what lasts beyond a bin adds its width, what ends in it half of that.
+            if len(means) == _BINS:
+                stays = 0.0
+            mean += width * 0.5 * (left + stays)
+            left = stays
+            best = min(best, mean / (1.0 - left)) if left < 1.0 else best
+            survival.append(left)
+            means.append(mean)
+            index.append(best)
+        self.survival, self.means, self.index = survival, means, index
+        self.mean = mean
+        self.quantiles = [_EDGES[_first_below(survival, share)] for share in (0.5, 0.9, 0.1)]
 
     def __call__(self, scale: float, allowed: int | None) -> _Shape:
         mean, index = self.mean * scale, self.index[-1] * scale
@@ -596,8 +692,8 @@ class _Table:
         )
 
 
-_EDGES: list[float] = _RATIOS.tolist()
-_HIGHEST = _EDGES[-1]
+def _first_below(survival: list[float], share: float) -> int:
+    return bisect_left(survival, -share, key=neg)
 
 
 def _most(allowed: int | None) -> float:

@@ -20,12 +20,11 @@ __all__ = ["SCRIPTS", "Units", "script_of", "training_tokens"]
 # Tokens per character of SmolLM2's vocabulary (49,152) under byte-level splitting, fitted by non-negative least squares
 # to 9,000 answers of 40 models in English, Korean and Chinese.
 _PLAIN = 0.181
-_EXTRA = (
-    (re.compile(r"[0-9]"), 1.322 - _PLAIN),
-    (re.compile(r"[^\w\s\u0080-\U0010ffff]"), 0.801 - _PLAIN),
-    (re.compile(r"\n+"), 1.408 - _PLAIN),
-)
-"""What digits, punctuation and runs of newlines cost beyond a letter."""
+_DIGIT, _MARK, _LINES = 1.322 - _PLAIN, 0.801 - _PLAIN, 1.408 - _PLAIN
+"""What digits, ASCII punctuation and runs of newlines cost beyond a letter."""
+_BREAKS = re.compile(r"\n+")
+_DIGITS = b"0123456789"
+_MARKS = bytes(code for code in range(128) if re.fullmatch(r"[^\w\s]", chr(code)))
 _FOREIGN = {
     "hangul": (re.compile("[\u1100-\u11ff\u3130-\u318f\uac00-\ud7af]"), 2.711 - _PLAIN),
     "kana": (re.compile("[\u3040-\u30ff]"), 1.689 - _PLAIN),
@@ -50,8 +49,11 @@ def training_tokens(text: str) -> float:
     """About how many tokens of the training tokenizer a text has. Of long texts the beginning is looked at."""
     part = text[:_LONGEST]
     tokens = _PLAIN * len(part)
-    for pattern, extra in _EXTRA:
-        tokens += extra * len(pattern.findall(part))
+    # Deleting bytes counts them at a twentieth of what regular expressions take.
+    raw = part.encode("utf-8", "surrogatepass")
+    unmarked = raw.translate(None, _MARKS)
+    tokens += _MARK * (len(raw) - len(unmarked)) + _DIGIT * (len(unmarked) - len(unmarked.translate(None, _DIGITS)))
+    tokens += _LINES * (part.count("\n") - part.count("\n\n") if "\n\n\n" not in part else len(_BREAKS.findall(part)))
     if not part.isascii():
         for pattern, extra in (*_FOREIGN.values(), _WIDE_MARKS):
             tokens += extra * len(pattern.findall(part))
