@@ -221,6 +221,7 @@ def train(
 @click.option("--app", "apps", multiple=True, help="Only this application (source) of the data; repeatable.")
 @click.option("--after", multiple=True, type=int, help="Also after so many answers of the served model; repeatable.")
 @click.option("--mixed", is_flag=True, help="With --after: one server in front of all models and applications.")
+@click.option("--unseen", multiple=True, metavar="APP", help="With --mixed: this one asked nothing before; repeatable.")
 @click.option("--limit", type=int, help="Judge by so many answers, drawn by group.")
 @click.option("--cut", type=int, help="Let encoders read so many tokens only.")
 @click.option("--samples", default=200, show_default=True, help="Of the bootstrap, by group.")
@@ -234,6 +235,7 @@ def evaluate(
     apps: tuple[str, ...],
     after: tuple[int, ...],
     mixed: bool,
+    unseen: tuple[str, ...],
     limit: int | None,
     cut: int | None,
     samples: int,
@@ -249,6 +251,7 @@ def evaluate(
         apps=apps,
         after=after,
         by_app=mixed,
+        unseen=unseen,
         cache=cache,
         max_tokens=cut,
         limit=limit,

@@ -148,17 +148,19 @@ def learned(
     answers: int,
     window: int,
     by_app: bool,
+    unseen: Sequence[str] = (),
     seed: int = 0,
 ) -> tuple[Values, Values]:
     """Estimates for ``made`` after ``answers`` answers, to other prompts, of the served model: what the gateway's
     learner makes of the head's, and what history alone says then.
 
-    One server per served model; or, ``by_app``, one server in front of all, its applications mixed."""
+    One server per served model; or, ``by_app``, one server in front of all, its applications mixed; ``unseen`` ones
+    have not asked it anything so far."""
     rng = np.random.default_rng(seed)
     out, past = np.zeros(len(made)), np.zeros(len(made))
     asked = _Asked(scorer, test, made, said, by_app)
     for name in ["all"] if by_app else sorted({answer.model for answer in test}):
-        own = [a for a in train if by_app or a.model == name]
+        own = [a for a in train if (by_app or a.model == name) and a.app not in unseen]
         chosen = [own[at] for at in rng.permutation(len(own))[:answers]]
         mind = learning.Learner(made.features.shape[1], 0 if scorer.projection is None else len(scorer.projection) - 1)
         if chosen:
@@ -229,6 +231,7 @@ class Report:
     windows: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     """Estimator -> k -> figures."""
     models: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    apps: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     domains: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     calibration: dict[str, list[tuple[float, float, int]]] = field(default_factory=dict)
     """Estimator -> (mean estimate, mean truth, pairs) by tenth of the estimate."""
@@ -252,7 +255,9 @@ class Report:
             )
         lines += ["", "By window, tau / MAE:", ""]
         lines += _grid(self.windows, "k")
-        for title, part in (("By served model", self.models), ("By domain", self.domains)):
+        for title, part in (
+            ("By served model", self.models), ("By application", self.apps), ("By domain", self.domains),
+        ):  # fmt: skip
             lines += ["", f"{title}, tau / MAE:", "", *_grid(part, "")]
         return "\n".join(lines) + "\n"
 
@@ -279,6 +284,7 @@ def evaluate(
     apps: Sequence[str] = (),
     after: Sequence[int] = (),
     by_app: bool = False,
+    unseen: Sequence[str] = (),
     cache: Path | None = None,
     max_tokens: int | None = None,
     limit: int | None = None,
@@ -288,7 +294,8 @@ def evaluate(
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Report, dict[str, Values], Values]:
     """Judge model folders on a split of ``data``; ``apps``: only these applications. ``after``: also what the gateway's
-    learner makes of the first encode-once folder after so many answers. ``limit``: so many answers, drawn by group.
+    learner makes of the first encode-once folder after so many answers; ``unseen``: none of them of these.
+    ``limit``: so many answers, drawn by group.
     Returns the report, every estimator's estimates, and the truth."""
     chosen = [a for a in data.answers if not apps or a.app in apps]
     test = [a for a in chosen if a.split == split]
@@ -314,8 +321,9 @@ def evaluate(
             for number in after:
                 say(f"after {number} answers")
                 both = learned(
-                    scorer, train, test, made, own, answers=number, window=data.window, by_app=by_app, seed=seed
-                )
+                    scorer, train, test, made, own,
+                    answers=number, window=data.window, by_app=by_app, unseen=unseen, seed=seed,
+                )  # fmt: skip
                 said[f"{scorer.manifest.name} after {number}"], said[f"history after {number}"] = both
     return report(data, test, made, said, split, samples, seed), said, made.remaining
 
@@ -336,6 +344,7 @@ def report(
     """All figures of all estimators."""
     truth = made.remaining
     model = np.array([a.model for a in test])[made.answer]
+    app = np.array([a.app for a in test])[made.answer]
     domain = np.array([a.domain or a.app for a in test])[made.answer]
     group = np.array([a.group for a in test])[made.answer]
     out = Report(
@@ -363,6 +372,7 @@ def report(
         out.pooled[name] = row
         out.windows[name] = _each(truth, values, model, made.window)
         out.models[name] = _each(truth, values, model, model)
+        out.apps[name] = _each(truth, values, model, app)
         out.domains[name] = _each(truth, values, model, domain)
         out.calibration[name] = _calibration(truth, values)
     return out
@@ -382,7 +392,9 @@ def _calibration(truth: Values, said: Values) -> list[tuple[float, float, int]]:
 def write(made: Report, said: dict[str, Values], truth: Values, out: Path) -> None:
     """``evaluation.json``, ``evaluation.md`` and the plots."""
     out.mkdir(parents=True, exist_ok=True)
-    whole = {name: getattr(made, name) for name in ("data", "pooled", "windows", "models", "domains", "calibration")}
+    whole = {
+        name: getattr(made, name) for name in ("data", "pooled", "windows", "models", "apps", "domains", "calibration")
+    }
     (out / "evaluation.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (out / "evaluation.md").write_text(made.markdown(), encoding="utf-8")
     _plot(made, said, truth, out)

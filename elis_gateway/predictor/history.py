@@ -17,15 +17,17 @@ import json
 import logging
 import os
 from array import array
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
+from time import sleep
 from typing import Any
 
 from elis_gateway.predictor.base import Estimate, View
 from elis_gateway.predictor.gittins import BINS, EDGES, LengthTable, bin_of, lognormal_hazards
+from elis_gateway.predictor.shelf import Shelf
 
-__all__ = ["History"]
+__all__ = ["TURN", "History", "Share"]
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +36,10 @@ _PRIOR = lognormal_hazards(median=200.0, sigma=1.3)
 _KNOWN = ("ended", "lasted", "partly")
 _FREE = 50.0
 """Answers that an application may add to a level above it whatever the others do."""
+
+
+TURN = 0.0001
+"""Seconds for which a thread that saves stands aside before every part, so that the event loop gets its turn."""
 
 
 class Share:
@@ -67,8 +73,8 @@ class _Lengths:
     """One distribution: decaying counts, and the table made from them."""
 
     __slots__ = (
-        "built", "changes", "ended", "fresh", "hazards", "lasted", "parent", "partly", "seen", "table", "to_all",
-        "to_parent", "unit",
+        "built", "changes", "ended", "fresh", "hazards", "lasted", "parent", "partly", "seen", "strangers", "table",
+        "to_all", "to_parent", "unit",
     )  # fmt: skip
 
     def __init__(self, parent: _Lengths | None) -> None:
@@ -92,6 +98,8 @@ class _Lengths:
         self.hazards: array[float] = _PRIOR
         self.table: LengthTable | None = None
         self.to_all, self.to_parent = Share(), Share()
+        self.strangers = Share()
+        """What applications gave that are hardly known: together they count here as one."""
 
     def add(self, tokens: int, complete: bool, growth: float, weight: float = 1.0) -> None:
         """``growth``: how much more the next answer counts than this one; ``weight``: how much this one counts."""
@@ -183,16 +191,18 @@ class History:
         max_apps: int = 1000,
     ) -> None:
         """``path``: file that keeps what was learned; read now if it exists, written by ``save``. ``max_apps``: (model,
-        application) pairs remembered, the least recently used forgotten first (about 10 KB each)."""
+        application) pairs remembered, the least recently used forgotten first (about 10 KB each), of those first that
+        hardly ever asked."""
         if strength <= 0 or horizon < 1 or max_apps < 1:
             raise ValueError("history: expected strength > 0, horizon >= 1 and max_apps >= 1")
         self._path = Path(path) if path is not None else None
         self._strength = strength
         self._growth = 1.0 + 1.0 / horizon
-        self._max_apps = max_apps
         self._all = _Lengths(None)
-        self._models: OrderedDict[str, _Lengths] = OrderedDict()
-        self._apps: OrderedDict[tuple[str, str], _Lengths] = OrderedDict()
+        self._models: Shelf[str, _Lengths] = Shelf(max_apps)
+        self._apps: Shelf[tuple[str, str], _Lengths] = Shelf(max_apps)
+        self._lock = Lock()
+        """Saving goes on in a thread of its own; it copies one distribution at a time, and learning waits for that."""
         if self._path is not None and self._path.exists():
             self._load(self._path)
 
@@ -217,11 +227,16 @@ class History:
         tokens = view.attained
         if tokens < 1:
             return  # nothing was answered: neither a length nor a bound of one
-        growth = self._growth
-        known = self._app((view.model, view.app))
-        everybody, model = self._all, self._model(view.model)
-        to_all = known.to_all.take(everybody.changes, everybody.seen, 1.0 / growth)
-        to_model = known.to_parent.take(model.changes, model.seen, 1.0 / growth)
+        with self._lock:
+            self._learn((view.model, view.app), tokens, complete)
+
+    def _learn(self, key: tuple[str, str], tokens: int, complete: bool) -> None:
+        growth, everybody = self._growth, self._all
+        model = self._model(key[0])
+        known = self._app(key)
+        new = self._apps.stranger(key)
+        to_all = (everybody.strangers if new else known.to_all).take(everybody.changes, everybody.seen, 1.0 / growth)
+        to_model = (model.strangers if new else known.to_parent).take(model.changes, model.seen, 1.0 / growth)
         everybody.add(tokens, complete, growth, to_all)
         model.add(tokens, complete, growth, to_model)
         known.add(tokens, complete, growth)
@@ -230,25 +245,11 @@ class History:
         """Even odds of what remains after ``attained`` tokens, in tokens; a broad guess before the first answer."""
         return self._table(model, app).median(attained)
 
-    def _model(self, model: str) -> _Lengths:
-        known = self._models.get(model)
-        if known is None:
-            known = self._models[model] = _Lengths(self._all)
-            if len(self._models) > self._max_apps:
-                self._models.popitem(last=False)
-        else:
-            self._models.move_to_end(model)
-        return known
+    def _model(self, model: str, times: int = 1) -> _Lengths:
+        return self._models.use(model, lambda: _Lengths(self._all), times)
 
-    def _app(self, key: tuple[str, str]) -> _Lengths:
-        known = self._apps.get(key)
-        if known is None:
-            known = self._apps[key] = _Lengths(self._model(key[0]))
-            if len(self._apps) > self._max_apps:
-                self._apps.popitem(last=False)
-        else:
-            self._apps.move_to_end(key)
-        return known
+    def _app(self, key: tuple[str, str], times: int = 1) -> _Lengths:
+        return self._apps.use(key, lambda: _Lengths(self._models.get(key[0]) or self._all), times)
 
     # ---- across restarts --------------------------------------------------------------------------------------
 
@@ -258,29 +259,39 @@ class History:
             return
         temporary = self._path.with_name(self._path.name + ".part")
         with temporary.open("w", encoding="utf-8") as file:
-            json.dump(self.dump(), file)
+            # In pieces: one call would keep the interpreter to itself for a tenth of a second.
+            for piece in json.JSONEncoder().iterencode(self.dump()):
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self._path)
 
     def dump(self) -> dict[str, Any]:
-        """Everything learned, as JSON can hold it."""
+        """Everything learned, as JSON can hold it. Another thread may be learning meanwhile."""
+        with self._lock:
+            models = [(key, known) for key in self._models if (known := self._models.get(key)) is not None]
+            apps = [(key, known) for key in self._apps if (known := self._apps.get(key)) is not None]
         return {
             "version": _VERSION,
-            "all": self._all.to_json(),
-            "models": [[model, known.to_json()] for model, known in self._models.items()],
-            "apps": [[*key, known.to_json()] for key, known in self._apps.items()],
+            "all": self._json(self._all),
+            "models": [[model, self._json(known)] for model, known in models],
+            "apps": [[*key, self._json(known)] for key, known in apps],
         }
+
+    def _json(self, known: _Lengths) -> dict[str, Any]:
+        sleep(TURN)
+        with self._lock:
+            return known.to_json()
 
     def restore(self, data: dict[str, Any]) -> None:
         """Take up what ``dump`` gave. Raises ValueError, KeyError, TypeError or AttributeError for anything else."""
         if data["version"] != _VERSION:
             raise ValueError(f"version {data['version']!r}, expected {_VERSION}")
         self._all.from_json(data["all"])
-        for model, counts in data["models"][-self._max_apps :]:
-            self._model(str(model)).from_json(counts)
-        for model, app, counts in data["apps"][-self._max_apps :]:
-            self._app((str(model), str(app))).from_json(counts)
+        for model, counts in data["models"]:
+            self._model(str(model), int(counts["seen"])).from_json(counts)
+        for model, app, counts in data["apps"]:
+            self._app((str(model), str(app)), int(counts["seen"])).from_json(counts)
 
     def forget(self) -> None:
         """Begin anew."""

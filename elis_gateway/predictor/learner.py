@@ -14,9 +14,9 @@ ratios. Scaled by the line's prediction they are the distribution: its mean, its
 
 A job that was cancelled or cut off is a lower bound: for the spread as such, for the line as the expectation given
 that bound (Buckley and James 1979). An absurd length moves the line no further than one that is off by e^2; of one
-application, levels above take no more than of all others together (``history.Share``). Old answers fade over
-``horizon``. Memory is constant: about 150 KB a model and application at 137 inputs, the least recently used forgotten
-first.
+application, levels above take no more than of all others together (``history.Share``), and applications that hardly
+ever asked count there as one. Old answers fade over ``horizon``. Memory is constant: about 200 KB a model and
+application at 137 inputs; those that hardly ever asked are forgotten first (``shelf``).
 """
 
 from __future__ import annotations
@@ -26,20 +26,22 @@ import logging
 import os
 import zipfile
 from bisect import bisect_left
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from math import erfc, exp, log, sqrt
 from operator import neg
 from pathlib import Path
+from threading import Lock
+from time import sleep
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from elis_gateway.predictor.base import View
-from elis_gateway.predictor.history import History, Share
+from elis_gateway.predictor.history import TURN, History, Share
+from elis_gateway.predictor.shelf import Shelf
 
 __all__ = ["Learner", "Prediction", "Sight"]
 
@@ -76,8 +78,8 @@ _PENALTY_FIXED = (1.0, 10.0, 10.0, 10.0, 10.0)
 _PENALTY_FEATURES = 200.0
 _PENALTY_REDUCED = 600.0
 """Rows at which data and belief weigh the same, for an input of variance 1. Chosen on validation prompts."""
-_RENEW = 0.05
-"""Share of new answers after which a line, a slope or a table is made anew."""
+_RENEW = 0.1
+"""Share of new answers after which a line, a slope or a table is made anew. At half of it tau is 0.001 better."""
 _WAITING = 32
 """Moments that wait for the matrix product that takes them all, at most."""
 _UNIT = 1e9
@@ -144,6 +146,8 @@ class Learner:
         self.history = history if history is not None else History(horizon=horizon)
         self._growth = 1.0 + 1.0 / horizon
         self._max_apps = max_apps
+        self._lock = Lock()
+        """Saving goes on in a thread of its own; it copies one level at a time, and learning waits for that."""
         self._shape(features, reduced, layout)
 
     def _shape(self, features: int, reduced: int, layout: str) -> None:
@@ -157,8 +161,8 @@ class Learner:
     def clear(self) -> None:
         """Forget all but the history."""
         self._all = _Level(None, self.inputs, 0)
-        self._models: OrderedDict[str, _Level] = OrderedDict()
-        self._apps: OrderedDict[tuple[str, str], _Level] = OrderedDict()
+        self._models: Shelf[str, _Level] = Shelf(self._max_apps)
+        self._apps: Shelf[tuple[str, str], _Level] = Shelf(self._max_apps)
 
     # ---- asked --------------------------------------------------------------------------------------------------
 
@@ -204,22 +208,33 @@ class Learner:
     def save(self, path: Path, more: Mapping[str, Any] | None = None) -> None:
         """Write everything to one file, at once or not at all; ``more``: what JSON can hold, to be kept beside it.
         Raises OSError."""
-        levels = [self._all, *self._models.values(), *self._apps.values()]
+        with self._lock:
+            models = {key: level for key in self._models if (level := self._models.get(key)) is not None}
+            apps = {key: level for key in self._apps if (level := self._apps.get(key)) is not None}
+            layout = self.layout
+        kept = [self._numbers(level) for level in (self._all, *models.values(), *apps.values())]
         names = {
             "version": _VERSION,
             "more": more or {},
-            "layout": self.layout,
+            "layout": layout,
             "history": self.history.dump(),
-            "models": list(self._models),
-            "apps": [list(key) for key in self._apps],
+            "models": list(models),
+            "apps": [list(key) for key in apps],
         }
-        arrays = {name: np.stack([level.numbers()[name] for level in levels]) for name in self._all.numbers()}
+        arrays = {name: np.stack([numbers[name] for numbers in kept]) for name in kept[0]}
         temporary = path.with_name(path.name + ".part")
         with temporary.open("wb") as file:
-            np.savez(file, names=np.frombuffer(json.dumps(names).encode(), dtype=np.uint8), **arrays)  # type: ignore[arg-type]
+            # In pieces: one call would keep the interpreter to itself for a tenth of a second.
+            said = "".join(json.JSONEncoder().iterencode(names)).encode()
+            np.savez(file, names=np.frombuffer(said, dtype=np.uint8), **arrays)  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+
+    def _numbers(self, level: _Level) -> dict[str, npt.NDArray[Any]]:
+        sleep(TURN)
+        with self._lock:
+            return level.numbers()
 
     def load(self, path: Path) -> dict[str, Any]:
         """Take up what was saved, and give back what was kept beside it. A file that cannot be read costs what was
@@ -253,13 +268,13 @@ class Learner:
             raise ValueError("not all of its numbers are finite")
         self.clear()
         for at, key in enumerate([None, *models, *apps]):
+            numbers = {name: array[at] for name, array in arrays.items()}
             level = self._all
             if isinstance(key, str):
-                level = self._model(key)
+                level = self._model(key, int(numbers["counts"][1]))
             elif isinstance(key, tuple):
-                level = self._app(*key)
-            level.restore({name: array[at] for name, array in arrays.items()})
-        for level in (self._all, *self._models.values(), *self._apps.values()):
+                level = self._app(*key, int(numbers["counts"][1]))
+            level.restore(numbers)
             level.solve(self._penalty, self.reduced)
 
     # ---- told ---------------------------------------------------------------------------------------------------
@@ -275,37 +290,27 @@ class Learner:
             return
         rows = np.array([each.inputs for each in made])
         trues = [(log(max(tokens - each.attained, 0.5)) - each.anchor, each.kind) for each in made]
-        for level, weight in self._levels(model, app):
-            level.learn(rows, trues, complete, weight, self._growth)
-            if level.stale:
-                level.solve(self._penalty, self.reduced)
+        with self._lock:
+            for level, weight in self._levels(model, app):
+                level.learn(rows, trues, complete, weight, self._growth)
+                if level.stale:
+                    level.solve(self._penalty, self.reduced)
 
     def _levels(self, model: str, app: str) -> list[tuple[_Level, float]]:
         """All, the model, the application, and what one answer of this application counts there."""
+        everybody, fades = self._all, 1.0 / self._growth
         at_model, at_app = self._model(model), self._app(model, app)
-        to_all = at_app.to_all.take(self._all.count, self._all.seen, 1.0 / self._growth)
-        to_model = at_app.to_model.take(at_model.count, at_model.seen, 1.0 / self._growth)
-        return [(self._all, to_all), (at_model, to_model), (at_app, 1.0)]
+        new = self._apps.stranger((model, app))
+        to_all = (everybody.strangers if new else at_app.to_all).take(everybody.count, everybody.seen, fades)
+        to_model = (at_model.strangers if new else at_app.to_model).take(at_model.count, at_model.seen, fades)
+        return [(everybody, to_all), (at_model, to_model), (at_app, 1.0)]
 
-    def _model(self, model: str) -> _Level:
-        known = self._models.get(model)
-        if known is None:
-            known = self._models[model] = _Level(self._all, self.inputs, 1)
-            if len(self._models) > self._max_apps:
-                self._models.popitem(last=False)
-        else:
-            self._models.move_to_end(model)
-        return known
+    def _model(self, model: str, times: int = 1) -> _Level:
+        return self._models.use(model, lambda: _Level(self._all, self.inputs, 1), times)
 
-    def _app(self, model: str, app: str) -> _Level:
-        known = self._apps.get((model, app))
-        if known is None:
-            known = self._apps[model, app] = _Level(self._model(model), self.inputs, 2)
-            if len(self._apps) > self._max_apps:
-                self._apps.popitem(last=False)
-        else:
-            self._apps.move_to_end((model, app))
-        return known
+    def _app(self, model: str, app: str, times: int = 1) -> _Level:
+        parent = self._models.get(model) or self._all
+        return self._apps.use((model, app), lambda: _Level(parent, self.inputs, 2), times)
 
 
 def _kind(sight: Sight) -> int:
@@ -338,8 +343,8 @@ class _Level:
     """
 
     __slots__ = (
-        "coefficients", "count", "depth", "due", "high", "low", "moments", "parent", "seen", "spreads", "targets",
-        "to_all", "to_model", "unit", "waiting", "weights", "with_target",
+        "coefficients", "count", "depth", "due", "high", "low", "moments", "parent", "seen", "spreads", "strangers",
+        "targets", "to_all", "to_model", "unit", "waiting", "weights", "with_target",
     )  # fmt: skip
 
     def __init__(self, parent: _Level | None, inputs: int, depth: int) -> None:
@@ -368,6 +373,8 @@ class _Level:
             _Spread(None if parent is None else parent.spreads[kind]) for kind in range(_KINDS)
         ]
         self.to_all, self.to_model = Share(), Share()
+        self.strangers = Share()
+        """What applications gave that are hardly known: together they count here as one."""
 
     def lines(self, inputs: Inputs) -> list[float]:
         """Log of (what remains / anchor) for every row, within bounds."""
@@ -418,9 +425,7 @@ class _Level:
             "with_target": self.with_target / self.unit,
             "spreads": np.array([spread.counts() for spread in self.spreads], dtype=np.float32),
             "slopes": np.array([spread.slopes() for spread in self.spreads]),
-            "counts": np.array(
-                [self.seen, self.count, self.to_all.given, self.to_all.at, self.to_model.given, self.to_model.at]
-            ),
+            "counts": np.array([self.seen, self.count, *(n for s in self._shares() for n in (s.given, s.at))]),
         }
 
     def restore(self, numbers: dict[str, npt.NDArray[Any]]) -> None:
@@ -433,8 +438,11 @@ class _Level:
             spread.restore(counts, slopes)
         seen, count, *shares = (float(number) for number in numbers["counts"])
         self.seen, self.count = seen, int(count)
-        self.to_all.given, self.to_model.given = shares[0], shares[2]
-        self.to_all.at, self.to_model.at = int(shares[1]), int(shares[3])
+        for share, given, at in zip(self._shares(), shares[::2], shares[1::2], strict=True):
+            share.given, share.at = given, int(at)
+
+    def _shares(self) -> tuple[Share, ...]:
+        return self.to_all, self.to_model, self.strangers
 
     def solve(self, penalty: Vector, reduced: int) -> None:
         """The line anew, from what was gathered and from the level above. The last ``reduced`` inputs, principal

@@ -168,6 +168,28 @@ def test_memory_is_bounded_and_the_least_used_application_goes_first() -> None:
     assert ask(history, app="kept").remaining > 500
 
 
+def test_invented_names_push_out_no_real_application_and_bend_newcomers_by_half_at_most() -> None:
+    history = History(max_apps=40)
+    for number in range(20):
+        teach(history, [700] * 20, app=f"real-{number}")
+    for number in range(3000):
+        teach(history, [3], app=f"invented-{number}")
+        if number % 10 == 0:
+            teach(history, [700], app=f"real-{number // 10 % 20}")
+    assert len(history._apps) == 40
+    for number in range(20):
+        assert ask(history, app=f"real-{number}").remaining > 500
+    # Three thousand names together count for newcomers about as much as the others do.
+    assert ask(history, app="new").remaining > 150
+
+
+def test_one_name_per_request_is_no_reason_to_learn_nothing() -> None:
+    history = History(max_apps=40)
+    for number in range(300):
+        teach(history, [700], app=f"conversation-{number}")
+    assert ask(history, app="new").remaining > 500
+
+
 def test_counts_never_overflow() -> None:
     history = History(horizon=1, strength=0.01)  # every answer counts twice as much as the one before
     teach(history, [100] * 500)
@@ -223,7 +245,7 @@ def test_a_crash_while_saving_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     teach(history, [10] * 10)
     history.save()
     before = path.read_bytes()
-    monkeypatch.setattr(json, "dump", lambda data, file: (file.write("{"), 1 / 0))
+    monkeypatch.setattr(json.JSONEncoder, "iterencode", lambda *_: iter(["{", 1 / 0]))
     teach(history, [1000] * 10)
     with pytest.raises(ZeroDivisionError):
         history.save()

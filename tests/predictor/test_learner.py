@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from math import log
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elis_gateway.predictor import learner as real
 from elis_gateway.predictor.learner import Learner, Prediction, Sight
+from tests.predictor.plain_learner import Plain
 
 FEATURES, REDUCED = 4, 8
 WEIGHTS = np.random.default_rng(7).normal(size=REDUCED)
@@ -215,6 +218,32 @@ def test_one_answer_with_a_rare_word_decides_nothing() -> None:
     assert with_it > 0.5 * without
 
 
+@pytest.mark.parametrize("unit", [1e9, 3.0])
+def test_is_the_plain_mathematics_done_in_less_time(monkeypatch: pytest.MonkeyPatch, unit: float) -> None:
+    """Growing units, rows gathered a few at a time, tables made when asked for: a stream of jobs in two applications,
+    some cut off, comes out as where everything fades by multiplication and is made anew every time."""
+    monkeypatch.setattr(real, "_RENEW", 0.0)
+    monkeypatch.setattr(real, "_UNIT", unit)  # 3: units are made small again all the time
+    monkeypatch.setattr(real._Spread, "_next", lambda self: 0)
+    fast, plain = Learner(FEATURES, REDUCED), Plain(FEATURES, REDUCED)
+    traffic = Traffic(5)
+    for number in range(60):
+        z, tokens = traffic.job()
+        app = "ab"[number % 3 == 0]
+        seen, made = [], []
+        for at, sight in zip(range(0, tokens, 50), sights(z, tokens), strict=True):
+            sight = sight._replace(shipped=4.0 + 0.5 * z[0], first=made[0].whole if made else None)
+            made.append(fast.predict("m", app, sight))
+            seen.append(plain.see("m", app, sight))
+            mean, median, scale = plain.predict("m", app, sight)
+            assert made[-1].scale == pytest.approx(scale, rel=1e-3), (number, at)
+            assert made[-1].mean == pytest.approx(mean, rel=1e-3)
+            assert made[-1].median == pytest.approx(median, rel=1e-3)
+        complete = number % 7 != 0
+        fast.learn("m", app, made[:16], tokens, complete=complete)
+        plain.learn("m", app, seen[:16], tokens, complete)
+
+
 def test_memory_is_bounded() -> None:
     learner = Learner(FEATURES, 2, max_apps=5)
     for number in range(50):
@@ -262,8 +291,31 @@ def test_is_kept_across_restarts(tmp_path: Path) -> None:
     again.load(tmp_path / "state")
     z, _ = Traffic(3).job()
     for app in ("a", "b", "never seen"):
-        assert ask(again, z, app=app).mean == pytest.approx(ask(learner, z, app=app).mean, rel=0.15)
+        # The one that was not restarted follows a line that is up to a tenth of its answers old.
+        assert ask(again, z, app=app).mean == pytest.approx(ask(learner, z, app=app).mean, rel=0.25)
     serve(again, Traffic(4), 10)
+
+
+def test_what_is_saved_while_learning_goes_on_is_whole(tmp_path: Path) -> None:
+    learner = Learner(FEATURES, REDUCED, horizon=1)  # units grow so fast that they are made small again all the time
+    serve(learner, Traffic(1), 40)
+    done = threading.Event()
+
+    def save() -> None:
+        while not done.is_set():
+            learner.save(tmp_path / "state")
+
+    saver = threading.Thread(target=save)
+    saver.start()
+    for number in range(60):
+        serve(learner, Traffic(number), 1, app=f"{number}")
+        again = Learner(FEATURES, REDUCED, horizon=1)
+        if (tmp_path / "state").exists():
+            again.load(tmp_path / "state")
+            assert again._all.moments[0, 0] < 9.0
+            assert 1 < ask(again).mean < 20_000
+    done.set()
+    saver.join()
 
 
 def test_of_another_models_state_the_history_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
