@@ -67,6 +67,7 @@ def gateways(slots: int) -> dict[str, Gateway]:
     extra = max(1, slots // 2)
     return {
         "elastic": (off, {}),
+        "none in hand": (off, {"overcommit": 0}),
         "fixed": (off, {"mode": "fixed", "window": 50}),
         "ordered": ({"engine_priority": "on", "overcommit": extra}, {}),
     }

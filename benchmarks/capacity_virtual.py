@@ -55,6 +55,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "aging": {"kind": "none"},
     },
     "elastic": {},
+    "none in hand": {"overcommit": 0},
     "elastic, no aging": {"aging": {"kind": "none"}},
     "ordered": {"overcommit": -1},
 }
@@ -118,7 +119,7 @@ def _engine(question: Question, *, orders: bool) -> Engine:
 
 def _scheduler(setting: str, question: Question, *, estimates: bool) -> tuple[Scheduler, int]:
     section = Section.model_validate({k: v for k, v in SETTINGS[setting].items() if k != "overcommit"})
-    extra = SETTINGS[setting].get("overcommit", 0)
+    extra = SETTINGS[setting].get("overcommit", section.in_hand)
     core = Scheduler(build.scheduler_config(section, estimates=estimates), build.policy(section.policy, section.aging))
     return core, question.slots // 2 if extra < 0 else extra
 

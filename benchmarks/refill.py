@@ -1,10 +1,11 @@
 """Does one call in hand pay? In virtual time: mean completion time and capacity by ``overcommit``.
 
-    python -m benchmarks.refill run [--seeds 6] [--first-seed 0]       appends to benchmarks/results/refill.jsonl
+    python -m benchmarks.refill run [--seeds 6] [--lost 1.3]       appends to benchmarks/results/refill.jsonl
     python -m benchmarks.refill report
 
 A slot that ends is refilled over a round trip, and a real engine admits what comes only at its next step: 1.3 decoded
-tokens of one slot were lost per request on vLLM (docs/measurements.md). Here a round trip takes as long. With one call
+tokens of one slot were lost per request on vLLM (docs/measurements.md). Here a round trip takes as long (``--lost``; at
+0 nothing is lost, and what remains is the price of choosing early). With one call
 more in the engine's own queue the slot is refilled at once, by that call: chosen a little earlier, and, where the
 engine does not order its queue, started before a better one that came after it.
 
@@ -37,8 +38,6 @@ from elis_gateway.sim.simulator import SimJob, simulate
 RESULTS = Path(__file__).parent / "results" / "refill.jsonl"
 RATE = 30.0
 """Tokens per second of a slot."""
-LOST = 1.3
-"""Decoded tokens that a refill loses."""
 SEAM = 1.5
 HANDS = {"none": (0, False), "one": (1, False), "one, ordered": (1, True)}
 """Calls beyond the slots, and whether the engine orders them."""
@@ -59,25 +58,26 @@ def workload(kind: str, seed: int, jobs: int, capacity: float, *, load: float | 
     return made
 
 
-def serve(jobs: list[SimJob], slots: int, sigma: float, seed: int, hand: str) -> list[float]:
+def serve(jobs: list[SimJob], slots: int, sigma: float, seed: int, hand: str, lost: float) -> list[float]:
     """Completion times, in the order of arrival."""
     overcommit, orders = HANDS[hand]
     model = EngineModel(slots, ((1, RATE),), seam_tokens=SEAM, orders=orders)
     scheduler = Scheduler(SchedulerConfig(seconds_per_token=1 / RATE), make_policy("isrtf", aging=Aging("boost")))
     oracle = NoisyOracle({job.id: job.output_tokens for job in jobs}, sigma, seed=seed)
-    delay = LOST / RATE / 2
+    delay = lost / RATE / 2
     done = simulate(jobs, scheduler, {"engine": Engine(model)}, oracle, delay=delay, overcommit=overcommit)
     return [record.jct for record in done.records]
 
 
-def one(kind: str, slots: int, sigma: float, seed: int, jobs: int) -> dict[str, Any]:
+def one(kind: str, slots: int, sigma: float, seed: int, jobs: int, lost: float) -> dict[str, Any]:
     capacity = slots * RATE
     row: dict[str, Any] = {"kind": kind, "slots": slots, "sigma": sigma, "seed": seed, "jobs": jobs}
+    row["lost"] = lost
     steady = workload(kind, seed, jobs, capacity, load=0.95)
     backlog = workload(kind, seed, jobs // 2, capacity, load=None)
     for hand in HANDS:
-        jct = sorted(serve(steady, slots, sigma, seed, hand)[jobs // 6 :])
-        ends = sorted(serve(backlog, slots, 0.0, seed, hand))
+        jct = sorted(serve(steady, slots, sigma, seed, hand, lost)[jobs // 6 :])
+        ends = sorted(serve(backlog, slots, 0.0, seed, hand, lost))
         row[hand] = {
             "mean": mean(jct),
             "p50": jct[len(jct) // 2],
@@ -95,12 +95,13 @@ def cli() -> None:
 @cli.command()
 @click.option("--seeds", default=6, show_default=True)
 @click.option("--first-seed", default=0, show_default=True)
-@click.option("--jobs", default=2000, show_default=True)
-def run(seeds: int, first_seed: int, jobs: int) -> None:
+@click.option("--jobs", default=3000, show_default=True)
+@click.option("--lost", default=1.3, show_default=True, help="Decoded tokens that a refill loses.")
+def run(seeds: int, first_seed: int, jobs: int, lost: float) -> None:
     """Measure, and append one line per case and seed."""
     for seed in range(first_seed, first_seed + seeds):
         for kind, slots, sigma in product(("chat", "heavy"), (4, 16), (0.0, 0.6)):
-            row = one(kind, slots, sigma, seed, jobs)
+            row = one(kind, slots, sigma, seed, jobs, lost)
             save(RESULTS, row)
     report.callback()  # type: ignore[misc]
 
@@ -109,13 +110,13 @@ def run(seeds: int, first_seed: int, jobs: int) -> None:
 def report() -> None:
     """Ratios to no call in hand, with the 95 % interval over seeds."""
     rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-    print(f"{'':34}{'mean':>16}{'p50':>16}{'p99':>16}{'capacity':>18}{'seeds':>7}")
-    for case in sorted({(row["kind"], row["slots"], row["sigma"]) for row in rows}):
-        mine = [row for row in rows if (row["kind"], row["slots"], row["sigma"]) == case]
+    print(f"{'':46}{'mean':>16}{'p50':>16}{'p99':>16}{'capacity':>18}{'seeds':>7}")
+    for case in sorted({(row["kind"], row["slots"], row["sigma"], row["lost"]) for row in rows}):
+        mine = [row for row in rows if (row["kind"], row["slots"], row["sigma"], row["lost"]) == case]
         for hand in list(HANDS)[1:]:
-            name = f"{case[0]}, {case[1]} slots, e^±{case[2]:g}, {hand}"
+            name = f"{case[0]}, {case[1]} slots, e^±{case[2]:g}, lost {case[3]:g}, {hand}"
             cells = [interval(mine, hand, what) for what in ("mean", "p50", "p99", "speed")]
-            print(f"{name:34}" + "".join(f"{cell:>16}" for cell in cells) + f"{len(mine):>9}")
+            print(f"{name:46}" + "".join(f"{cell:>16}" for cell in cells) + f"{len(mine):>9}")
 
 
 def interval(rows: list[dict[str, Any]], hand: str, what: str) -> str:

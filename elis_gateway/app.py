@@ -78,7 +78,7 @@ class Gateway:
             build.policy(scheduler.policy, scheduler.aging),
         )
         self.fleet = Fleet(
-            config.upstreams, self._upstream_changed, overcommit=scheduler.overcommit, lost=self._upstream_lost
+            config.upstreams, self._upstream_changed, overcommit=scheduler.in_hand, lost=self._upstream_lost
         )
         self.journal = Journal()
         self.metrics = Metrics(

@@ -350,9 +350,10 @@ class Scheduler(Section):
     contended: only when somebody waits."""
     seam_cost: Literal["auto"] | NonNegative = "auto"
     """What interrupting and resuming costs, in decoded tokens. auto: learned while serving."""
-    overcommit: Annotated[int, Field(ge=0)] = 0
-    """Calls kept in flight beyond an upstream's slots, unless the upstream says otherwise. Pays only where
-    the engine orders its queue by priority."""
+    overcommit: Annotated[int, Field(ge=0)] | None = None
+    """Calls kept in flight beyond an upstream's slots, unless the upstream says otherwise. One in hand lets the engine
+    refill a slot in the step in which it comes free; more pay only where the engine orders its queue by priority.
+    Default: 1, and 0 with fixed windows or fair sharing."""
     aging: Aging = BoostAging(kind="boost")
     """How waiting makes up for length; for the policies that order by estimates (sjf, isrtf)."""
     tail: Annotated[float, Field(ge=1)] | None = None
@@ -382,6 +383,13 @@ class Scheduler(Section):
         if self.fair and self.overcommit:
             raise ValueError("expected fair or overcommit, not both: an engine's own queue knows no rounds")
         return self
+
+    @property
+    def in_hand(self) -> int:
+        """``overcommit``, or its default."""
+        if self.overcommit is not None:
+            return self.overcommit
+        return 0 if self.fair or self.mode == "fixed" else 1
 
 
 # --- access ------------------------------------------------------------------------------------------------------

@@ -136,10 +136,14 @@ def _paired(ours: Run, theirs: Run) -> list[Pair]:
     return [(row, by_id[row.id]) for row in ours.rows if not row.error and row.id in by_id]
 
 
+_SAME = 1e-5
+"""Seconds: well above the microseconds that times are stored in, so that a comparison of stored runs says the same."""
+
+
 def _wins(pairs: Sequence[Pair]) -> float:
     if not pairs:
         return 0.5
-    return fmean(0.5 if abs(ours.jct - theirs.jct) < 1e-9 else float(ours.jct < theirs.jct) for ours, theirs in pairs)
+    return fmean(0.5 if abs(ours.jct - theirs.jct) < _SAME else float(ours.jct < theirs.jct) for ours, theirs in pairs)
 
 
 def _by_decile(seeds: Sequence[Sequence[Pair]]) -> list[Comparison]:

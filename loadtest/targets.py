@@ -277,7 +277,7 @@ def simulated(
         predictor,
         latency=latency,
         delay=delay,
-        overcommit=section.overcommit,
+        overcommit=section.in_hand,
         text=lambda job, tokens: _so_far(texts[job.id], tokens, job.output_tokens),
         predictions=watch,
         observe=core.note if isinstance(core, _Watched) else None,

@@ -178,4 +178,11 @@ def test_isrtf_yaml_is_the_method_as_published() -> None:
     shipped = config.load(Path(__file__).parent.parent / "config" / "isrtf.yaml", {}).scheduler
     assert shipped.policy.model_dump() == {"kind": "isrtf", "order": "mean"}
     assert (shipped.window, shipped.mode, shipped.rescore) == (50, "fixed", "always")
-    assert (shipped.aging.kind, shipped.tail, shipped.overcommit) == ("none", None, 0)
+    assert (shipped.aging.kind, shipped.tail, shipped.in_hand) == ("none", None, 0)
+
+
+def test_one_call_in_hand_unless_it_would_break_the_order() -> None:
+    assert config.Scheduler().in_hand == 1
+    assert config.Scheduler(overcommit=3).in_hand == 3
+    assert config.Scheduler(mode="fixed").in_hand == 0
+    assert config.Scheduler(fair=True).in_hand == 0

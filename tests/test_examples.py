@@ -55,9 +55,8 @@ def test_an_outside_policy_in_the_simulator() -> None:
 
 async def test_an_outside_policy_live() -> None:
     """One slot, taken; of those that wait, the one that may be longest goes first."""
-    async with world(
-        paced(500.0, slots=1), slots=1, scheduler={"policy": LONGEST_FIRST}, predictor={"kind": "max_tokens"}
-    ) as w:
+    scheduler = {"policy": LONGEST_FIRST, "overcommit": 0}
+    async with world(paced(500.0, slots=1), slots=1, scheduler=scheduler, predictor={"kind": "max_tokens"}) as w:
 
         async def ask(tokens: int) -> None:
             body = {"model": "sim", "prompt": f"{tokens} please", "max_tokens": tokens, "ignore_eos": True}

@@ -37,6 +37,7 @@ class Running:
         "base",
         "began",
         "calm",
+        "cold",
         "ending",
         "job",
         "key",
@@ -70,6 +71,8 @@ class Running:
         """Continuations that had begun on the upstream when this slice was sent, and at the last mark."""
         self.mark_full = False
         """Every slot was taken at the last mark."""
+        self.cold = self.job.home != upstream.info.id
+        """Nothing that it would need again is in the upstream's cache."""
         self.ending = False
         """Preempt or Abort was emitted; the slot frees when the slice's end is reported."""
 

@@ -166,7 +166,9 @@ class Scheduler:
         elif end is SliceEnd.PREEMPTED:
             if running.started or result.attained > running.base:
                 job.preemptions += 1
-            slots.enqueue(job, now, place=False)
+                slots.enqueue(job, now, place=False)
+            else:
+                slots.called_back(running, now)
         elif end is SliceEnd.INTERRUPTED:
             self._interrupted(job, result.cause, now)
         else:

@@ -110,11 +110,14 @@ class Slots:
             if upstream is not None:
                 self._start(job, upstream, now, self.policy.key(job, pool, now))
                 return
-        self._push(job, self._room.queue_of(job), now)
-        if pool.down_since is not None:
-            self._alarms.capacity_until(now + self._config.unavailable_timeout, job.spec.id)
+        self._wait(job, now)
         if place and self.elastic:
             self._make_yield(self._room.yields_to(job, pool, now))
+
+    def _wait(self, job: Job, now: float) -> None:
+        self._push(job, self._room.queue_of(job), now)
+        if job.pool.down_since is not None:
+            self._alarms.capacity_until(now + self._config.unavailable_timeout, job.spec.id)
 
     def _push(self, job: Job, queue: ReadyQueue, now: float) -> None:
         pool = job.pool
@@ -156,6 +159,8 @@ class Slots:
         while upstream.free > 0:
             head = room.best_for(upstream, now) or room.stray_for(upstream, self.fixed_window, now)
             if head is None:
+                if not upstream.full and (sent := room.queued_elsewhere(upstream)) is not None:
+                    self._make_yield([sent])
                 return
             job = head.job
             if job.avoid is not None and room.shuns(job, upstream):
@@ -164,6 +169,19 @@ class Slots:
             self._start(job, upstream, now, head.key if head.late else self.policy.key(job, job.pool, now))
             if job.avoid is not None:
                 self.fill_elsewhere(job, now)
+
+    def called_back(self, running: Running, now: float) -> None:
+        """A call came back from an engine's queue without having begun: its job is back in line, and idle slots
+        elsewhere come before that queue."""
+        job = running.job
+        job.state = _READY
+        job.ready_since = now
+        if running.cold or (job.home is not None and self._room.home(job) is None):
+            job.home = None
+        self._wait(job, now)
+        for upstream in job.pool.upstreams:
+            if not upstream.full:
+                self.fill(upstream, now)
 
     def fill_elsewhere(self, job: Job, now: float) -> None:
         """``job`` is no longer next in line where it had just failed: a slot left free there is another's now."""

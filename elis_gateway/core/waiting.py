@@ -158,6 +158,18 @@ class WaitingRoom:
                 best = head
         return best
 
+    def queued_elsewhere(self, upstream: Upstream) -> Running | None:
+        """Nobody waits here for a slot of ``upstream``: a call that waits for one in another engine's queue, where it
+        was sent for want of a better place."""
+        for pool in upstream.pools:
+            for other in pool.upstreams:
+                if other is upstream or not other.info.overcommit:
+                    continue
+                for running in other.queued_calls():
+                    if running.cold and running.job.spec.sliceable:
+                        return running
+        return None
+
     # ---- who yields -------------------------------------------------------------------------------------------
 
     def yields_to(self, job: Job, pool: Pool, now: float) -> Sequence[Running]:
@@ -204,7 +216,7 @@ class WaitingRoom:
         found: list[Running] = []
         head = self.best_for(upstream, now)
         if head is not None and upstream.free <= 0:
-            others = [r for r in queued if not self._is_overdue_beside(r.job, head, now)]
+            others = [r for r in queued if r.job.spec.sliceable and not self._is_overdue_beside(r.job, head, now)]
             worst = max(others, key=lambda r: (r.job.spec.rank, r.key), default=None)
             if worst is not None and self._deserves(head, worst):
                 found.append(worst)

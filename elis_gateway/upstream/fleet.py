@@ -94,7 +94,8 @@ class _Member:
             await self.upstream.get(self.settings.health.path)
             if not self._capable and loop.time() >= self._ask_at:
                 # New, or back after an absence in which it may have become another: ask before it gets work.
-                found = await probe(self.upstream, orders=self.overcommit > 0)
+                # A queue of one call has no order.
+                found = await probe(self.upstream, orders=self.overcommit > 1)
                 self._capable = found.settled
                 self.upstream.capabilities = found if found.settled else _as_before(found, self.upstream.capabilities)
                 self._ask_at = loop.time() + _ASK_AGAIN * self.settings.health.interval

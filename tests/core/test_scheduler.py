@@ -314,6 +314,42 @@ class TestEngineOrdered:
         assert s.end("b", SliceEnd.PREEMPTED, 0) == ["run b on u"]
         assert s.at(1.0).submit("d", 10, rank=-1) == ["ask d", "preempt b"], "classes stand above the promise"
 
+    def test_a_better_job_takes_the_place_of_the_call_in_hand(self):
+        s = Stage(overcommit=1)
+        s.submit("a", 100)
+        s.started("a")
+        assert s.submit("b", 190) == ["ask b", "run b on u"]
+        assert s.submit("c", 120) == ["ask c", "preempt b"]
+        assert s.end("b", SliceEnd.PREEMPTED, 0) == ["run c on u"]
+        assert s.scheduler.jobs["b"].preemptions == 0, "it had not begun"
+
+    def test_a_job_that_needs_one_call_stays_in_the_engine_s_queue(self):
+        s = Stage(overcommit=1)
+        s.submit("a", 100)
+        s.started("a")
+        s.submit("b", 90, sliceable=False)
+        assert s.submit("c", 20) == ["ask c"]
+
+    def test_a_slot_that_comes_free_calls_back_what_waits_in_another_engine_s_queue(self):
+        s = Stage(upstreams=("u", "v"), overcommit=1)
+        s.submit("a", 100)
+        s.submit("b", 100)
+        s.started("a"), s.started("b")
+        assert s.submit("c", 150)[-1] == "run c on u", "in hand, for want of a better place"
+        assert s.finish("b", 100) == ["completed b", "preempt c"]
+        assert s.end("c", SliceEnd.PREEMPTED, 0) == ["run c on v"]
+
+    def test_a_call_whose_prefix_is_cached_there_waits_there(self):
+        s = Stage(upstreams=("u", "v"), overcommit=1)
+        s.submit("first", 10, conversation="talk")
+        s.submit("b", 100)
+        s.started("first"), s.started("b")
+        s.finish("first", 10)
+        s.submit("a", 100)
+        s.started("a")
+        assert s.submit("second", 150, conversation="talk")[-1] == "run second on u"
+        assert s.finish("b", 100) == ["completed b"]
+
     def test_never_more_calls_than_slots_and_overcommit(self):
         s = Stage(slots=2, overcommit=2, orders=True)
         for i in range(10):

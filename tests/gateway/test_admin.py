@@ -66,7 +66,7 @@ async def test_the_table_lists_exactly_what_is_exported() -> None:
 
 
 async def test_jobs_live_and_over() -> None:
-    async with world(paced(50), slots=1) as w:
+    async with world(paced(50), slots=1, upstream={"overcommit": 0}) as w:
         asking = [spawn(w.ask(COMPLETIONS, {**BODY, "prompt": f"{n}"}), name="ask") for n in range(2)]
         await until(lambda: any(flight.answer.started for flight in w.gateway.flights.values()))
         jobs = await _get(w, "/admin/jobs")

@@ -60,7 +60,7 @@ async def test_gone_before_the_first_byte() -> None:
 
 async def test_gone_while_queued() -> None:
     """Its call is never made."""
-    async with world(paced(), slots=1) as w:
+    async with world(paced(), slots=1, upstream={"overcommit": 0}) as w:
         async with w.post(COMPLETIONS, {**LONG[COMPLETIONS], "stream": True}) as response:
             await read_until(response, 1)
             before = len(w.engine.log)

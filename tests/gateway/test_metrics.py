@@ -60,7 +60,8 @@ async def test_a_call_that_breaks_is_a_failover_of_its_upstream() -> None:
 
 
 async def test_refusals_by_reason() -> None:
-    async with world(paced(20, slots=1), slots=1, scheduler={"queue": {"max_jobs": 1}}) as w:
+    scheduler = {"queue": {"max_jobs": 1}, "overcommit": 0}
+    async with world(paced(20, slots=1), slots=1, scheduler=scheduler) as w:
         asked: list[dict[str, object]] = [{**BODY, "model": "other"}, {**BODY, "max_tokens": -1}]
         for body in asked:
             async with w.post(COMPLETIONS, body) as response:

@@ -111,7 +111,7 @@ async def test_another_number_of_slots_disturbs_nothing() -> None:
 
 
 async def test_queue_limits_and_retries_apply_at_once() -> None:
-    async with world(paced(300, slots=1), slots=1) as w:
+    async with world(paced(300, slots=1), slots=1, upstream={"overcommit": 0}) as w:
         changed(w, scheduler={"queue": {"max_jobs": 1}, "retries": 9})
         assert (await admin(w, "POST", "/admin/reload"))[1] == {
             "applied": ["scheduler.queue, retries and tail"],

@@ -134,10 +134,11 @@ def simulate(predictor: str, settings: list[str], again: str | None, seeds: rang
 
 
 def test_equal_arms_do_not_differ_in_90_to_99_of_100_tries() -> None:
-    """The two arms differ in prediction noise alone; 95 % is what the interval promises."""
+    """The two arms differ in prediction noise alone; 95 % is what the interval promises. With fewer requests many runs
+    of the two arms are the same to the last token, which are no tries."""
     equal = 0
     for number in range(100):
-        arms = simulate("noisy:0.6", ["sjf"], "sjf", range(6 * number, 6 * number + 6), requests=30).arms()
+        arms = simulate("noisy:0.6", ["sjf"], "sjf", range(6 * number, 6 * number + 6), requests=60).arms()
         equal += not contrast(arms["sjf again"], arms["sjf"]).metrics["jct.mean"].differs
     assert 90 <= equal <= 99
 

@@ -27,7 +27,8 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not ins
 @asynccontextmanager
 async def busy(**sections: Any) -> AsyncIterator[World]:
     """One upstream of two slots, one job that runs long in each, and three that wait."""
-    async with world(paced(40, slots=2), slots=2, predictor={"kind": "max_tokens"}, **sections) as w:
+    upstream = {"overcommit": 0}
+    async with world(paced(40, slots=2), slots=2, upstream=upstream, predictor={"kind": "max_tokens"}, **sections) as w:
         bodies = [{**BODY, "max_tokens": n, "stream": True} for n in (900, 1000, 500, 300, 400)]
         asking = []
         for number, body in enumerate(bodies):
