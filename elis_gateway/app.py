@@ -40,6 +40,7 @@ from elis_gateway.traffic_log import TrafficLog
 from elis_gateway.upstream.fleet import Fleet, in_place
 from elis_gateway.upstream.http import check
 from elis_gateway.upstream.relay import Relay
+from elis_gateway.warmth import Warmth
 
 if TYPE_CHECKING:
     from elis_gateway.tracing import Tracer
@@ -99,8 +100,13 @@ class Gateway:
                 "elis_order_jobs": lambda: [((m,), pool.shadow.settled) for m, pool in self.core.pools.items()],
                 "elis_longest_wait_seconds": lambda: [((), self._live.longest_wait(self._loop.time()))],
                 "elis_upstream_up": lambda: [((u["id"],), float(u["up"])) for u in self.fleet.describe()],
+                "elis_continuations_cold_ratio": lambda: [((u,), share) for u, share in self._warmth.cold()],
+                "elis_engine_running": lambda: self._told("engine_running"),
+                "elis_engine_waiting": lambda: self._told("engine_waiting"),
+                "elis_engine_kv_usage": lambda: self._told("engine_kv_usage"),
             }
         )
+        self._warmth = Warmth()
         self._lag = LagMeter(self.metrics.lagged)
         self._traffic_log = self._make_traffic_log()
         self._keys = config_module.keys(config)
@@ -126,7 +132,9 @@ class Gateway:
             trace=None if self._tracer is None else self._tracer.parent,
         )
         self._live = Live(self.core, lambda: self.flights, time.time() - self._loop.time())
-        observers: list[Observer] = [self.door, self._intake, self.metrics, self.journal, self._live]
+        observers: list[Observer] = [
+            self.door, self._intake, self.metrics, self.journal, self._live, self._warmth,
+        ]  # fmt: skip
         if scheduler.fair:
             observers.append(Rounds(self.door))
         if self._traffic_log is not None:
@@ -321,6 +329,10 @@ class Gateway:
     def _paces(self) -> Iterable[tuple[tuple[str, ...], float]]:
         return [((model,), pool.seconds_per_token) for model, pool in self.core.pools.items() if pool.upstreams]
 
+    def _told(self, what: str) -> Iterable[tuple[tuple[str, ...], float]]:
+        """What the upstreams that are asked said of themselves."""
+        return [((u["id"],), u[what]) for u in self.fleet.describe() if u[what] is not None]
+
     def _scores(self) -> Iterable[Any]:
         """How good recent estimates were, where the predictor keeps such books."""
         scores = getattr(self.predictor, "scores", None)
@@ -378,7 +390,12 @@ class Gateway:
         """Every upstream."""
         running = self.core.running
         return [
-            {**u, "running": running(u["id"]) if u["id"] in self.core.upstreams else 0} for u in self.fleet.describe()
+            {
+                **u,
+                "running": running(u["id"]) if u["id"] in self.core.upstreams else 0,
+                "several_engines": u["engines"] > 1 or self._warmth.suspected(u["id"]),
+            }
+            for u in self.fleet.describe()
         ]
 
     def look(self) -> dict[str, Any]:
@@ -481,21 +498,23 @@ class Gateway:
         await self.dispatcher.idle(name)
         await self.fleet.remove(name)
         self.dispatcher.upstream_removed(name)
+        self._warmth.forget(name)
         self._leaving.discard(name)
         if (settings := self._wanted.get(name)) is not None:
             await self.fleet.add(settings)
 
     async def add_upstream(self, wanted: Any) -> dict[str, Any]:
         """Use another upstream from now on, until a reload says otherwise. Raises ``ConfigError``."""
-        settings = build.parse_upstream(wanted)
+        ranks = {settings.name: settings for settings in build.parse_upstream(wanted).ranks()}
         async with self._changing:
-            try:
-                self.config.check_fairness(settings)
-            except ValueError as error:
-                raise ConfigError(str(error)) from None
-            if settings.name in self._wanted:
-                raise ConfigError(f"there is an upstream {settings.name} already")
-            await self._change_upstreams({**self._wanted, settings.name: settings})
+            for name, settings in ranks.items():
+                try:
+                    self.config.check_upstream(settings)
+                except ValueError as error:
+                    raise ConfigError(str(error)) from None
+                if name in self._wanted:
+                    raise ConfigError(f"there is an upstream {name} already")
+            await self._change_upstreams({**self._wanted, **ranks})
         return {"upstreams": self.upstreams()}
 
     async def remove_upstream(self, name: str) -> dict[str, Any]:

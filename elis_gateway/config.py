@@ -174,9 +174,17 @@ class Upstream(Section):
     for upstreams that know the clients themselves."""
     models: tuple[Name, ...] = ()
     """Models it serves. Empty: asked of its /v1/models."""
-    slots: Annotated[int, Field(ge=1)]
+    slots: Annotated[int, Field(ge=1)] | Literal["auto"]
     """Sequences the engine runs at once (vLLM: --max-num-seqs). Never set it higher than the engine's own
-    limit: what waits inside the engine is not ordered by us."""
+    limit: what waits inside the engine is not ordered by us. auto: found out and followed while serving, from what
+    the engine shows of its batch, its queue and its KV memory (`/metrics` of vLLM and SGLang, `/props` of llama.cpp);
+    not together with overcommit."""
+    data_parallel_size: Annotated[int, Field(ge=1)] = 1
+    """Ranks of a data-parallel engine behind this one URL (vLLM: --data-parallel-size). Each becomes an upstream of
+    its own, NAME-rank-0 and so on, with `slots` each, and is addressed by the header X-data-parallel-rank, so that an
+    answer goes on where its prompt is cached."""
+    data_parallel_rank: Annotated[int, Field(ge=0)] | None = None
+    """Calls are for this rank alone. Set for each by `data_parallel_size`."""
     overcommit: Annotated[int, Field(ge=0)] | None = None
     """Calls kept in flight beyond `slots`. Default: scheduler.overcommit."""
     engine_priority: Literal["auto", "on", "off"] = "auto"
@@ -216,6 +224,28 @@ class Upstream(Section):
         if parts.query or parts.fragment:
             raise ValueError("expected a URL without query or fragment")
         return url.rstrip("/").removesuffix("/v1")
+
+    @validates_all(mode="after")
+    def _knows_what_queues(self) -> Upstream:
+        if self.slots == "auto" and (self.overcommit or self.engine_priority == "on"):
+            raise ValueError(
+                "expected slots: auto, or overcommit and engine_priority, not both: with calls of ours in the engine's "
+                "queue that queue says nothing of its slots"
+            )
+        if self.data_parallel_size > 1 and self.data_parallel_rank is not None:
+            raise ValueError("expected data_parallel_size or data_parallel_rank, not both")
+        return self
+
+    def ranks(self) -> tuple[Upstream, ...]:
+        """The upstreams that stand for its data-parallel ranks; itself where it is one engine."""
+        if self.data_parallel_size == 1:
+            return (self,)
+        return tuple(
+            self.model_copy(
+                update={"name": f"{self.name}-rank-{rank}", "data_parallel_size": 1, "data_parallel_rank": rank}
+            )
+            for rank in range(self.data_parallel_size)
+        )
 
 
 # --- scheduling --------------------------------------------------------------------------------------------------
@@ -636,13 +666,18 @@ class Config(Section):
     def _classes_exist(self) -> Config:
         self.check_keys(self.auth.keys)
         for upstream in self.upstreams:
-            self.check_fairness(upstream)
+            self.check_upstream(upstream)
         if unknown := sorted(set(self.limits.classes) - set(self.scheduler.classes)):
             raise ValueError(f"limits.classes: expected classes of scheduler.classes; unknown: {', '.join(unknown)}")
         return self
 
-    def check_fairness(self, upstream: Upstream) -> None:
-        """Does this upstream go with fair sharing? Raises ValueError."""
+    def check_upstream(self, upstream: Upstream) -> None:
+        """Does this upstream go with the scheduler's section? Raises ValueError."""
+        if upstream.slots == "auto" and upstream.overcommit is None and self.scheduler.overcommit:
+            raise ValueError(
+                f"upstreams: {upstream.name}: expected no scheduler.overcommit with slots: auto: with calls of ours in "
+                "the engine's queue that queue says nothing of its slots"
+            )
         if self.scheduler.fair and (upstream.overcommit or upstream.engine_priority == "on"):
             raise ValueError(
                 f"upstreams: {upstream.name}: expected no overcommit and no engine_priority with scheduler.fair: "
@@ -664,6 +699,7 @@ class Config(Section):
     def _names_differ(cls, upstreams: tuple[Upstream, ...]) -> tuple[Upstream, ...]:
         if not upstreams:
             raise ValueError("expected at least one upstream")
+        upstreams = tuple(rank for upstream in upstreams for rank in upstream.ranks())
         names = [upstream.name for upstream in upstreams]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"expected different names; more than one upstream is called {', '.join(twice)}")

@@ -459,6 +459,7 @@ class Dispatcher:
             end.value,
             cause,
             bool(flight.legs),
+            answer.cached,
         )
         flight.legs.append(leg)
         for slice_ended in self._tell_slice_ended:

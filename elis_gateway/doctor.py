@@ -44,6 +44,8 @@ _RUNG = 1.5
 """Seconds that one call of the ramp should take."""
 _ALIKE = 0.10
 """Answers whose middle four fifths lie within this share of each other are all equally long."""
+_REPEATS = 8
+"""Times that one prompt is repeated to see whether it is cached everywhere."""
 _NOBODY = 0.02
 """Waits shorter than this share of the completion time are no waits."""
 
@@ -81,6 +83,8 @@ class Findings:
     seam: float | None = None
     """What interrupting and resuming costs, in decoded tokens."""
     cache: str = "not seen"
+    engines: str = "one, as far as can be seen"
+    """How many engines answer at its address."""
     tools: str = "not known"
     reasoning: str = "not seen"
     load: Load | None = None
@@ -101,7 +105,7 @@ async def examine(settings: config.Upstream, *, configured: bool, say: Callable[
     Raises:
         UpstreamError: it does not answer.
     """
-    found = Findings(settings.url, configured=settings.slots if configured else None)
+    found = Findings(settings.url, configured=settings.slots if configured and settings.slots != "auto" else None)
     async with _open(settings) as upstream:
         say("what it is and can do")
         found.capabilities = await probe(upstream, orders=False)
@@ -118,6 +122,8 @@ async def examine(settings: config.Upstream, *, configured: bool, say: Callable[
             found.capabilities = await _ordering(settings, found)
         say("what a seam costs")
         await _seam(upstream, found)
+        say("whether it is one engine")
+        await _one_engine(upstream, found)
     return found
 
 
@@ -157,6 +163,10 @@ async def _ordering(settings: config.Upstream, found: Findings) -> Capabilities:
         return await probe(upstream, orders=True)
 
 
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
 @dataclass
 class _Streamed:
     """One streamed call, as it went."""
@@ -173,7 +183,7 @@ async def _stream(upstream: HttpUpstream, body: dict[str, Any], into: _Streamed)
     call = Call("/v1/completions", orjson.dumps(data), True)
     async with upstream.open(call, request_id="doctor") as session:
         async for payloads in session:
-            now = time.perf_counter()
+            now = _now()
             for payload in payloads:
                 if payload == DONE:
                     continue
@@ -196,12 +206,12 @@ def _prompt(number: int) -> str:
 
 async def _ramp(upstream: HttpUpstream, found: Findings) -> None:
     """1, 2, 4, … calls at once, until fewer begin than were sent before the first of them is done."""
-    deadline = time.perf_counter() + _RAMP_TIME
+    deadline = _now() + _RAMP_TIME
     at_once, serial = 1, 0
     doubted: int | None = None
     while True:
         length = 48 if found.pace is None else _length(found.pace)
-        began = time.perf_counter()
+        began = _now()
         calls = [_Streamed() for _ in range(at_once)]
         serial += at_once
         bodies = [{"model": found.model, "prompt": _prompt(serial + n), "max_tokens": length} for n in range(at_once)]
@@ -224,8 +234,8 @@ async def _ramp(upstream: HttpUpstream, found: Findings) -> None:
             found.slots = max(running, doubted)
             return
         doubted = None
-        spent = time.perf_counter() - began
-        if at_once >= _MOST or time.perf_counter() + 3 * spent > deadline:
+        spent = _now() - began
+        if at_once >= _MOST or _now() + 3 * spent > deadline:
             found.notes.append(f"All of {at_once} calls at once ran together: it has at least so many slots.")
             return
         at_once *= 2
@@ -242,7 +252,7 @@ async def _while_all_run(
     """How many calls had begun when the first one ended. The rest is let go."""
     tasks = [spawn(_stream(upstream, b, c), name="doctor") for b, c in zip(bodies, calls, strict=True)]
     try:
-        async with asyncio.timeout(max(deadline - time.perf_counter(), 1.0)):
+        async with asyncio.timeout(max(deadline - _now(), 1.0)):
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
@@ -268,23 +278,64 @@ async def _seam(upstream: HttpUpstream, found: Findings) -> None:
         for attempt in range(_ATTEMPTS):
             body = {"model": found.model, "return_token_ids": True, "max_tokens": total}
             whole = _Streamed()
-            prompt = f"{attempt} and {time.perf_counter_ns()}: tell me a story."
-            began = time.perf_counter()
+            prompt = f"{attempt} and {time.time_ns()}: tell me a story."
+            began = _now()
             await _stream(upstream, {**body, "prompt": prompt}, whole)
-            alone = time.perf_counter() - began
+            alone = _now() - began
             ids = await _tokenized(upstream, found.model, f"Again {prompt}")
-            began = time.perf_counter()
+            began = _now()
             for _ in range(_WINDOWS):
                 part = _Streamed()
                 await _stream(upstream, {**body, "prompt": ids, "max_tokens": _WINDOW}, part)
                 ids = ids + part.ids
                 _note_cache(part, found)
-            sliced = time.perf_counter() - began
+            sliced = _now() - began
             costs.append((sliced - alone) / (_WINDOWS - 1) / (alone / total))
     except (UpstreamError, TimeoutError) as error:
         found.notes.append(f"The seam was not measured: {str(error) or 'no answer in time'}.")
         return
     found.seam = max(median(costs), 0.0)
+
+
+async def _one_engine(upstream: HttpUpstream, found: Findings) -> None:
+    """Is the same prompt cached wherever it lands? And what does the metrics page say?"""
+    ranks = found.capabilities.engines
+    if ranks > 1:
+        found.engines = f"{ranks}: data-parallel ranks"
+        return
+    # Not a prompt that a cache of blocks could half know.
+    prompt = f"{time.time_ns()}: " + " ".join(f"number {n}," for n in range(100))
+    body = {"model": found.model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
+    try:
+        await _cached(upstream, body)
+        if found.capabilities.kind == LLAMA_CPP:
+            # Its slots have caches of their own: at the same time, others would be cold by right.
+            shares = [await _cached(upstream, body) for _ in range(_REPEATS)]
+        else:
+            shares = list(await asyncio.gather(*(_cached(upstream, body) for _ in range(_REPEATS))))
+    except (UpstreamError, TimeoutError) as error:
+        found.notes.append(f"Whether it is one engine was not seen: {str(error) or 'no answer in time'}.")
+        return
+    known = [share for share in shares if share is not None]
+    cold = sum(share < 0.5 for share in known)
+    if not known:
+        found.engines = "not known: it does not tell cached tokens (vLLM: --enable-prompt-tokens-details)"
+    elif cold > 0:
+        found.engines = (
+            f"SEVERAL, it seems: {cold} of {len(known)} repetitions of a prompt did not find it cached"
+            if cold < len(known)
+            else "not known: no repetition of a prompt found it cached"
+        )
+
+
+async def _cached(upstream: HttpUpstream, body: dict[str, Any]) -> float | None:
+    """The share of a prompt that was cached; None: it does not say."""
+    call = Call("/v1/completions", orjson.dumps(body), False)
+    async with asyncio.timeout(_PATIENCE), upstream.open(call, request_id="doctor") as session:
+        usage = orjson.loads(await session.whole()).get("usage") or {}
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    return None if cached is None else cached / max(usage.get("prompt_tokens") or 1, 1)
 
 
 async def _tokenized(upstream: HttpUpstream, model: str | None, prompt: str) -> list[int]:
@@ -455,6 +506,7 @@ def report(found: Findings) -> list[str]:
         ("prefix cache", found.cache),
         ("tool parser", found.tools),
         ("reasoning parser", found.reasoning),
+        ("engines there", found.engines),
         ("slots", slots),
     ]
     if found.pace is not None and found.full_pace is not None:
@@ -465,6 +517,8 @@ def report(found: Findings) -> list[str]:
         rows.append(("seam cost", f"{found.seam:.1f} decoded tokens"))
     lines += [f"  {name:19s} {value}" for name, value in rows]
     lines += [f"  note: {note}" for note in found.notes]
+    if found.engines.startswith("SEVERAL"):
+        lines.append("  Name the engines themselves as upstreams: an answer goes on best where its prompt is cached.")
     if found.wrong:
         lines.append(
             f"  WRONG: slots is {found.configured}, the engine runs {found.slots}: what waits inside it is not ordered."
@@ -483,6 +537,8 @@ def snippet(found: list[Findings]) -> str:
         slots = one.slots if one.slots is not None else one.tried
         comment = "" if one.slots is not None else " # at least; what the engine is started with (vLLM: --max-num-seqs)"
         lines.append(f"    slots: {max(slots, 1)}{comment}")
+        if one.capabilities.engines > 1:
+            lines.append(f"    data_parallel_size: {one.capabilities.engines} # slots are each rank's; ask for one's")
         if one.reasoning.startswith("yes") or one.tools.startswith("yes"):
             lines.append("    chat_parser: true")
         if one.capabilities.orders:

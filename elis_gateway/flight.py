@@ -31,6 +31,8 @@ class Leg(NamedTuple):
     cause: str
     continued: bool
     """It was not the job's first."""
+    cached: tuple[int, int] | None = None
+    """Of a continuation: tokens the engine had cached, of so many of its prompt, where it says so."""
 
 
 class Flight:

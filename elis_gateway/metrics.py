@@ -116,6 +116,20 @@ SERIES = (
     Series("elis_slices_running", "gauge", ("upstream",), "Upstream calls in flight."),
     Series("elis_slots", "gauge", ("upstream",), "Sequences the upstream runs at once; 0 while it is out of service."),
     Series("elis_upstream_up", "gauge", ("upstream",), "1: its health probes succeed."),
+    Series(
+        "elis_engine_running",
+        "gauge",
+        ("upstream",),
+        "Sequences the engine says it runs, others' too; where `slots: auto` asks it.",
+    ),
+    Series("elis_engine_waiting", "gauge", ("upstream",), "Calls the engine says wait in its own queue; likewise."),
+    Series("elis_engine_kv_usage", "gauge", ("upstream",), "Share of its KV memory the engine says is used; likewise."),
+    Series(
+        "elis_continuations_cold_ratio",
+        "gauge",
+        ("upstream",),
+        "Share of its last 64 continuations whose prompt was not cached where it had just been, as far as it tells.",
+    ),
     Series("elis_seconds_per_token", "gauge", ("model",), "Measured pace of one running job."),
     Series("elis_seam_tokens", "gauge", (), "What interrupting and resuming costs, in decoded tokens."),
     Series(

@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str]] = {
     E + "app": {
         *(E + name for name in ("admin", "build", "channel", "dispatcher", "flight", "handlers", "intake")),
         *(E + name for name in ("access", "journal", "lag", "listener", "live", "logs", "metrics")),
-        *(E + name for name in ("tasks", "tracing", "traffic_log", "predictor", "upstream", "wire")),
+        *(E + name for name in ("tasks", "tracing", "traffic_log", "predictor", "upstream", "warmth", "wire")),
         CORE,
     },
     # the live gateway, outermost first
@@ -71,6 +71,7 @@ ARROWS: dict[str, set[str]] = {
     },
     E + "metrics": {E + "flight", *VALUES},
     E + "tracing": {E + "flight", *VALUES},
+    E + "warmth": {E + "flight"},
     E + "traffic_log": {E + "flight", *VALUES},
     E + "flight": {E + "channel", E + "wire", *VALUES},
     E + "channel": set(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +17,46 @@ from elis_gateway.config import Upstream, from_mapping
 from elis_gateway.sim.engine import EngineModel
 from elis_gateway.sim.faults import Fault
 from elis_gateway.sim.server import ServerConfig, SimServer
+from tests.gateway.test_warmth import balancer
 from tests.gateway.world import AT_ONCE, paced
+from tests.upstream.autojump import local_loop
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_ATTEMPTS", 1)
-    monkeypatch.setattr(doctor, "_RUNG", 0.4)
 
 
 def engine(slots: int, *, seam: float = 0.0, **more: Any) -> ServerConfig:
-    """A hundred tokens a second, whatever the batch: slow enough that a busy machine keeps up."""
+    """A hundred tokens a second, whatever the batch."""
     model = EngineModel(slots=slots, decode=((1, 100.0),), prefill_tokens_per_second=None, seam_tokens=seam)
     return ServerConfig(port=0, engine=model, max_model_len=4096, language=AT_ONCE.language, **more)
 
 
-async def examined(config: ServerConfig, **settings: Any) -> doctor.Findings:
-    async with SimServer(config) as server:
-        upstream = Upstream.model_validate({"url": server.url, "slots": 1, **settings})
-        return await doctor.examine(upstream, configured="slots" in settings, say=lambda what: None)
+def examined(*configs: ServerConfig, fault: Fault | None = None, **settings: Any) -> doctor.Findings:
+    """What the doctor finds, in virtual time: whether this machine is busy changes nothing. Several engines stand
+    behind one load balancer."""
+
+    async def examine() -> doctor.Findings:
+        async with AsyncExitStack() as stack:
+            servers = [await stack.enter_async_context(SimServer(config)) for config in configs]
+            if fault is not None:
+                servers[0].faults.add(fault)
+            url = servers[0].url
+            if len(servers) > 1:
+                url = await stack.enter_async_context(balancer([server.url for server in servers]))
+            upstream = Upstream.model_validate({"url": url, "slots": 1, **settings})
+            return await doctor.examine(upstream, configured="slots" in settings, say=lambda what: None)
+
+    with asyncio.Runner(loop_factory=local_loop) as runner:
+        return runner.run(examine())
 
 
-async def test_slots_seam_and_what_it_can_do() -> None:
-    found = await examined(engine(3, seam=12.0, priority="honour", prompt_tokens_details=True))
+def test_slots_seam_and_what_it_can_do() -> None:
+    found = examined(engine(3, seam=12.0, priority="honour", prompt_tokens_details=True))
     assert found.slots == 3
-    assert found.seam == pytest.approx(12.0, abs=8.0)
-    assert found.pace == pytest.approx(0.01, rel=0.5)
+    assert found.seam == pytest.approx(12.0, abs=1.0)
+    assert found.pace == pytest.approx(0.01, rel=0.2)
     assert found.capabilities.ids
     assert found.capabilities.orders
     assert found.capabilities.context == {"sim": 4096}
@@ -52,18 +68,27 @@ async def test_slots_seam_and_what_it_can_do() -> None:
     assert "for your traffic to say" in told
 
 
-async def test_an_engine_that_never_answers_chats_is_still_examined(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_PATIENCE", 0.2)
-    async with SimServer(engine(1, token_ids=False)) as server:
-        server.faults.add(Fault("hang", times=None, path="/v1/chat/completions"))
-        settings = Upstream.model_validate({"url": server.url, "slots": 1})
-        found = await doctor.examine(settings, configured=False, say=lambda what: None)
+def test_an_engine_that_never_answers_chats_is_still_examined() -> None:
+    hanging = Fault("hang", times=None, path="/v1/chat/completions")
+    found = examined(engine(1, token_ids=False), fault=hanging)
     assert "Chats are not served: no answer in time." in found.notes
     assert found.slots == 1
 
 
-async def test_slots_that_the_engine_has_not_are_called_wrong() -> None:
-    found = await examined(engine(2, token_ids=False), slots=8)
+def test_one_engine_or_several_behind_one_address() -> None:
+    telling = engine(2, prompt_tokens_details=True)
+    assert examined(telling).engines == "one, as far as can be seen"
+    several = examined(telling, telling)
+    assert several.engines.startswith("SEVERAL, it seems")
+    assert "Name the engines themselves" in "\n".join(doctor.report(several))
+    assert examined(engine(1)).engines.startswith("not known: it does not tell")
+    ranks = examined(engine(1, engines=2))
+    assert ranks.engines == "2: data-parallel ranks"
+    assert "data_parallel_size: 2" in doctor.snippet([ranks])
+
+
+def test_slots_that_the_engine_has_not_are_called_wrong() -> None:
+    found = examined(engine(2, token_ids=False), slots=8)
     assert found.slots == 2
     assert found.seam is None
     told = "\n".join(doctor.report(found))
@@ -112,7 +137,6 @@ def test_a_few_requests_say_nothing() -> None:
 
 
 def test_the_command_by_url_and_by_file(tmp_path: Path) -> None:
-    import asyncio
     import threading
 
     started = threading.Event()

@@ -40,6 +40,8 @@ class ServerConfig:
     """False: a prompt of token ids is refused."""
     prompt_tokens_details: bool = False
     """Report ``usage.prompt_tokens_details.cached_tokens``."""
+    engines: int = 1
+    """Data-parallel ranks it shows on its metrics page; there is one engine all the same."""
     flush_unfinished: bool = False
     """A call cut inside a character sends U+FFFD for it; False: nothing (vLLM 0.32)."""
     temperature: float = 0.0

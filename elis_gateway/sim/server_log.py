@@ -24,6 +24,8 @@ class Record:
     model: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    rank: str | None = None
+    """The rank it was addressed to (`X-data-parallel-rank`); decides nothing."""
     max_tokens: int | None = None
     """As asked; None: the request did not say."""
     limit: int = 0

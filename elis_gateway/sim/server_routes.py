@@ -41,7 +41,6 @@ class Routes:
 
     async def metrics(self, request: web.Request) -> web.Response:
         sim, pacer = self._sim, self._sim.pacer
-        label = f'{{engine="0",model_name="{sim.config.models[0]}"}}'
         values = {
             "num_requests_running": ("gauge", float(pacer.running)),
             "num_requests_waiting": ("gauge", float(pacer.waiting)),
@@ -50,7 +49,12 @@ class Routes:
             "prefix_cache_queries_total": ("counter", float(sim.cache.queries)),
             "prefix_cache_hits_total": ("counter", float(sim.cache.hits)),
         }
-        lines = [f"# TYPE vllm:{name} {kind}\nvllm:{name}{label} {value}\n" for name, (kind, value) in values.items()]
+        lines = []
+        for name, (kind, value) in values.items():
+            lines.append(f"# TYPE vllm:{name} {kind}\n")
+            for rank in range(sim.config.engines):
+                label = f'{{engine="{rank}",model_name="{sim.config.models[0]}"}}'
+                lines.append(f"vllm:{name}{label} {value}\n")
         return web.Response(text="".join(lines))
 
     async def tokenize(self, request: web.Request) -> web.Response:

@@ -66,6 +66,7 @@ class Sim:
         headers = request.headers
         record = self.log.open(request.path, headers.get("X-Request-Id"), loop.time())
         record.traceparent = headers.get("traceparent")
+        record.rank = headers.get("X-data-parallel-rank")
         try:
             raw = await request.read()
             authorize(headers.get("Authorization"), self.config.api_key)

@@ -34,6 +34,10 @@ class Capabilities(NamedTuple):
     """Chat runs through a reasoning or tool parser, which a continuation would bypass."""
     kind: str = "other"
     """``vllm``, ``llama.cpp`` or ``other``: for people and metrics, decides nothing."""
+    most: int | None = None
+    """Sequences it says it runs at once."""
+    engines: int = 1
+    """Engines it shows behind this one address (data-parallel ranks)."""
     settled: bool = True
     """False: some question found no answer (the engine was full, or stumbled) and should be asked again."""
 

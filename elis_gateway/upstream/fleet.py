@@ -14,7 +14,9 @@ from elis_gateway import config
 from elis_gateway.core.placement import UpstreamInfo
 from elis_gateway.errors import UpstreamError
 from elis_gateway.tasks import spawn
+from elis_gateway.upstream.auto_slots import AutoSlots, Look
 from elis_gateway.upstream.base import Capabilities
+from elis_gateway.upstream.gauges import Gauges, gauges
 from elis_gateway.upstream.health import Health
 from elis_gateway.upstream.http import HttpUpstream
 from elis_gateway.upstream.probe import LLAMA_CPP, probe
@@ -23,6 +25,8 @@ __all__ = ["Fleet", "in_place"]
 
 _log = logging.getLogger("elis_gateway.upstream")
 
+_LOAD_EVERY = 1.0
+"""Longest time between two looks at an engine's load, where its slots follow from that."""
 _ASK_AGAIN = 5
 """Probing intervals between two attempts to find out what an upstream can do, where the first was not conclusive."""
 
@@ -44,6 +48,9 @@ class _Member:
         self.upstream = HttpUpstream(settings, report=self._failed, well=self._succeeded)
         self._lost = lost
         self.health = Health(settings.health)
+        self.auto = AutoSlots() if settings.slots == "auto" else None
+        self.load: Gauges | None = None
+        """What the engine said last of its own load, where its slots follow from that."""
         self.draining = False
         self.published: UpstreamInfo | None = None
         self.task: asyncio.Task[None] | None = None
@@ -56,9 +63,14 @@ class _Member:
         """When what it can do is asked again, where it was not settled."""
 
     @property
+    def slots(self) -> int:
+        """Sequences the engine runs at once: configured, or as far as it is known by now."""
+        return self.auto.slots if self.settings.slots == "auto" and self.auto is not None else int(self.settings.slots)
+
+    @property
     def info(self) -> UpstreamInfo:
         now = asyncio.get_running_loop().time()
-        slots = self.settings.slots
+        slots = self.slots
         allowed = 0 if self.draining else self.health.allowed(slots, now)
         capabilities = self.upstream.capabilities
         return UpstreamInfo(
@@ -81,8 +93,9 @@ class _Member:
             self.looked.set()
             if self.health.known and not self.health.up:
                 self._lost(self.upstream.id, self.settings.health.timeout)
+            wait = self.health.next_look(loop.time(), self.slots)
             try:
-                async with asyncio.timeout(self.health.next_look(loop.time(), self.settings.slots)):
+                async with asyncio.timeout(wait if self.auto is None else min(wait, _LOAD_EVERY)):
                     await self._nudge.wait()
             except TimeoutError:
                 pass
@@ -99,6 +112,13 @@ class _Member:
                 self._capable = found.settled
                 self.upstream.capabilities = found if found.settled else _as_before(found, self.upstream.capabilities)
                 self._ask_at = loop.time() + _ASK_AGAIN * self.settings.health.interval
+                if found.engines > 1:
+                    _log.warning(
+                        "upstream %s: %d engines behind one address; say data_parallel_size: %d, or answers go on "
+                        "where their prompt is not cached", self.upstream.id, found.engines, found.engines,
+                    )  # fmt: skip
+            if self.auto is not None:
+                await self._look_at_load(self.auto)
         except UpstreamError as error:
             self.health.probed(False, error.cause, loop.time())
         else:
@@ -107,6 +127,29 @@ class _Member:
             self._forget()
         if was_up != self.health.up:
             _log.info("upstream %s is %s", self.upstream.id, "up" if self.health.up else f"down: {self.health.cause}")
+
+    async def _look_at_load(self, auto: AutoSlots) -> None:
+        """`slots: auto`: what the engine says of itself, and what follows from it."""
+        first = not self.looked.is_set()
+        auto.bound(self.upstream.capabilities.most)
+        self.load = seen = await gauges(self.upstream)
+        if seen is None:
+            auto.settle()
+            if first:
+                _log.warning(
+                    "upstream %s: slots: auto, but it shows neither running and waiting calls (/metrics) nor slots; "
+                    "it is given %d%s", self.upstream.id, auto.slots,
+                    "" if auto.most is not None else ": say how many it runs at once",
+                )  # fmt: skip
+            return
+        before = auto.slots
+        ours = self.upstream.in_flight
+        if auto.look(Look(seen.running, seen.waiting, seen.kv, seen.evicted, ours)):
+            _log.info(
+                "upstream %s: %d slots instead of %d; it runs %g calls, %g wait in it, %s of its KV memory is in use",
+                self.upstream.id, auto.slots, before, seen.running, seen.waiting,
+                "an unknown share" if seen.kv is None else f"{seen.kv:.0%}",
+            )  # fmt: skip
 
     def _forget(self) -> None:
         self._capable = False
@@ -133,6 +176,12 @@ class _Member:
         """Take over settings that need no new connections and no new questions (``in_place``)."""
         self.settings = settings
         self.overcommit = overcommit if settings.overcommit is None else settings.overcommit
+        if settings.slots != "auto":
+            self.auto = self.load = None
+        elif self.auto is None:
+            self.auto = AutoSlots()
+            # How many it says it runs is asked with everything else.
+            self._forget()
         self.upstream.change(settings)
         self.health.change(settings.health)
         self._changed(self)
@@ -249,8 +298,14 @@ class Fleet:
                 "in_service": m.info.slots > 0,
                 "draining": m.draining,
                 "cause": m.health.cause,
-                "slots": m.settings.slots,
+                "slots": m.slots,
+                "slots_auto": m.auto is not None,
                 "slots_allowed": m.info.slots,
+                "engine_running": None if m.load is None else m.load.running,
+                "engine_waiting": None if m.load is None else m.load.waiting,
+                "engine_kv_usage": None if m.load is None else m.load.kv,
+                "engines": m.upstream.capabilities.engines,
+                "data_parallel_rank": m.settings.data_parallel_rank,
                 "breaker": m.health.breaker.state(asyncio.get_running_loop().time()),
                 "overcommit": m.overcommit,
                 "kind": m.upstream.capabilities.kind,

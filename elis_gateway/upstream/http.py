@@ -30,17 +30,21 @@ from elis_gateway.wire.sse import DONE, EventDecoder
 
 __all__ = [
     "CREDENTIALS",
+    "RANK",
     "HttpSession",
     "HttpUpstream",
     "abort",
     "check",
     "foreign_refusal",
+    "read_body",
     "retry_after",
     "unavailable",
 ]
 
 CREDENTIALS = frozenset({"authorization", "api-key", "x-api-key"})
 """Headers, in lower case, in which a client says who it is."""
+RANK = "X-data-parallel-rank"
+"""The header by which a call names the rank of a data-parallel engine (vLLM) that is to run it."""
 _POOL_IDLE = 4.0
 """Seconds an idle connection is kept: less than the 5 s after which uvicorn, under vLLM, closes it."""
 _READ_BUFFER = 256 * 1024
@@ -71,6 +75,10 @@ class HttpUpstream:
         self._headers = CIMultiDict({"Content-Type": "application/json", "Accept-Encoding": "identity"})
         if (key := _api_key(settings.api_key_env)) is not None:
             self._headers["Authorization"] = f"Bearer {key}"
+        if settings.data_parallel_rank is not None:
+            self._headers[RANK] = str(settings.data_parallel_rank)
+        self.in_flight = 0
+        """Calls that are open."""
 
     @property
     def client(self) -> aiohttp.ClientSession:
@@ -140,7 +148,7 @@ class HttpUpstream:
         limit = self.settings.health.timeout
         try:
             async with asyncio.timeout(limit), self.client.get(self.url(path), headers=self.headers()) as response:
-                body = await response.content.read(_ERROR_BODY_LIMIT)
+                body = await read_body(response, _ERROR_BODY_LIMIT)
                 if response.status // 100 != 2:
                     raise UpstreamRefused(response.status, body)
                 return body
@@ -209,6 +217,7 @@ class HttpSession:
     async def __aenter__(self) -> Self:
         self._task = asyncio.current_task()
         self._watch(self._limit)
+        self._upstream.in_flight += 1
         try:
             response = await self._post()
             if response.status != 200:
@@ -217,6 +226,7 @@ class HttpSession:
             if self._call.stream and response.content_type != "text/event-stream":
                 raise self._broken("garbage", f"a stream was asked for, {response.content_type} came")
         except BaseException as error:
+            self._upstream.in_flight -= 1
             self._abort()
             if (ours := self._ours(error)) is None:
                 raise
@@ -227,6 +237,7 @@ class HttpSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._unwatch()
+        self._upstream.in_flight -= 1
         if self._response is None:
             return
         if self._done and self._call.stream and self._first >= 0.0:
@@ -310,7 +321,7 @@ class HttpSession:
     async def _refusal(self, response: aiohttp.ClientResponse) -> UpstreamError:
         if response.status in (401, 407) and not self._upstream.settings.forward_credentials:
             return foreign_refusal(self._upstream.id, response.status)
-        body = await response.content.read(_ERROR_BODY_LIMIT)
+        body = await read_body(response, _ERROR_BODY_LIMIT)
         self._done = response.content.at_eof()
         return UpstreamRefused(response.status, body, retry_after=retry_after(response.headers.get("Retry-After")))
 
@@ -398,6 +409,16 @@ def abort(response: aiohttp.ClientResponse) -> None:
     if connection is not None and connection.transport is not None:
         connection.transport.abort()
     response.close()
+
+
+async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """A body, or its first ``limit`` bytes. (``StreamReader.read(limit)`` would give what has come so far.)"""
+    parts: list[bytes] = []
+    left = limit
+    while left > 0 and (data := await response.content.read(left)):
+        parts.append(data)
+        left -= len(data)
+    return b"".join(parts)
 
 
 def unavailable(name: str, error: BaseException) -> UpstreamUnavailable:

@@ -16,6 +16,7 @@ import orjson
 
 from elis_gateway.errors import UpstreamError, UpstreamUnavailable
 from elis_gateway.upstream.base import Capabilities
+from elis_gateway.upstream.gauges import engines_behind, most_at_once
 from elis_gateway.upstream.http import HttpSession, HttpUpstream
 from elis_gateway.wire.continuation import Call
 
@@ -55,8 +56,10 @@ async def probe(upstream: HttpUpstream, *, orders: bool = False) -> Capabilities
             _log.info("upstream %s: whether it returns token ids is not known yet: %s", upstream.id, error)
             settled = False
     ordering = settings.engine_priority == "on"
-    if settings.engine_priority == "auto" and orders and model is not None and settled:
-        ordering = await _orders(upstream, model, settings.slots)
+    most = await most_at_once(upstream) if settings.slots == "auto" else None
+    slots = most if settings.slots == "auto" else settings.slots
+    if settings.engine_priority == "auto" and orders and model is not None and settled and slots is not None:
+        ordering = await _orders(upstream, model, slots)
     return Capabilities(
         models=models,
         context=context,
@@ -66,6 +69,8 @@ async def probe(upstream: HttpUpstream, *, orders: bool = False) -> Capabilities
         orders=ordering,
         chat_parser=settings.chat_parser,
         kind=kind,
+        most=most,
+        engines=await engines_behind(upstream) if settings.data_parallel_rank is None else 1,
         settled=settled,
     )
 
@@ -173,20 +178,27 @@ async def _orders(upstream: HttpUpstream, model: str, slots: int) -> bool:
 
 async def _overtakes(upstream: HttpUpstream, model: str, slots: int) -> bool:
     async with AsyncExitStack() as stack:
+        one = await stack.enter_async_context(AsyncExitStack())
         blockers = [
-            await stack.enter_async_context(upstream.open(_long(model, priority=0), request_id=f"probe-block-{n}"))
+            await (stack if n else one).enter_async_context(
+                upstream.open(_long(model, priority=0), request_id=f"probe-block-{n}")
+            )
             for n in range(slots)
         ]
         await asyncio.gather(*(_first_token(session) for session in blockers))
         started: list[str] = []
+        begun = asyncio.Event()
         async with asyncio.TaskGroup() as group:
-            group.create_task(_start(upstream, model, 1000, "late", started))
+            group.create_task(_start(upstream, model, 1000, "late", started, begun))
             await asyncio.sleep(_QUEUED)
-            group.create_task(_start(upstream, model, -1000, "early", started))
+            group.create_task(_start(upstream, model, -1000, "early", started, begun))
             await asyncio.sleep(_QUEUED)
             if started:
                 # A slot was free after all.
                 return False
+            # One slot, for one of the two: were all freed at once, both would start in the same step.
+            await one.aclose()
+            await begun.wait()
             await stack.aclose()
         return started == ["early", "late"]
 
@@ -198,13 +210,16 @@ def _long(model: str, *, priority: int) -> Call:
     return _call(body, stream=True)
 
 
-async def _start(upstream: HttpUpstream, model: str, priority: int, name: str, started: list[str]) -> None:
+async def _start(
+    upstream: HttpUpstream, model: str, priority: int, name: str, started: list[str], begun: asyncio.Event
+) -> None:
     try:
         async with upstream.open(_long(model, priority=priority), request_id=f"probe-{name}") as session:
             await _first_token(session)
             started.append(name)
     except UpstreamError:
         started.append("refused")
+    begun.set()
 
 
 async def _first_token(session: HttpSession) -> None:

@@ -16,7 +16,16 @@ from multidict import CIMultiDict
 
 from elis_gateway.errors import ClientError, Forbidden, ModelNotFound, Overloaded, UpstreamError, UpstreamRefused
 from elis_gateway.upstream.fleet import Fleet
-from elis_gateway.upstream.http import CREDENTIALS, HttpUpstream, abort, foreign_refusal, retry_after, unavailable
+from elis_gateway.upstream.http import (
+    CREDENTIALS,
+    RANK,
+    HttpUpstream,
+    abort,
+    foreign_refusal,
+    read_body,
+    retry_after,
+    unavailable,
+)
 
 __all__ = ["Relay"]
 
@@ -133,7 +142,7 @@ class Relay:
             if answer.status in (429, 503):
                 # It asks to be left alone: another may have room, and whoever comes next is not sent here.
                 wait = retry_after(answer.headers.get("Retry-After"))
-                raise UpstreamRefused(answer.status, await answer.content.read(_REFUSAL_LIMIT), retry_after=wait)
+                raise UpstreamRefused(answer.status, await read_body(answer, _REFUSAL_LIMIT), retry_after=wait)
             if answer.status in (401, 407) and not upstream.settings.forward_credentials:
                 # It is our key that was refused, and its words may quote it.
                 raise foreign_refusal(upstream.id, answer.status)
@@ -170,7 +179,10 @@ def _request_headers(given: Mapping[str, str], upstream: HttpUpstream) -> CIMult
             continue
         if lower in _NOT_FROM_CLIENTS or lower in _NEVER_OURS or lower.startswith("x-elis-"):
             headers.popall(name, None)
-    key = upstream.headers().get("Authorization")
+    ours = upstream.headers()
+    if RANK in ours:
+        headers[RANK] = ours[RANK]
+    key = ours.get("Authorization")
     if key is not None and not (forward and CREDENTIALS & {name.lower() for name in headers}):
         headers["Authorization"] = key
     return headers

@@ -174,6 +174,7 @@ class Answer(Reading):
         self.started = False
         self.over = False
         self.error = None
+        self.cached = None
         self._asked = asked
         self._start = self.attained
         self._stream = WholeStream(self.request, self._encoder)

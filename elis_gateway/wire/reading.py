@@ -52,9 +52,9 @@ class Reading:
     __slots__ = (
         "_asked", "_careful", "_context", "_dialect", "_echo", "_encoder", "_first", "_foreign", "_inquiring",
         "_ledger", "_lore", "_opened", "_plain", "_preamble", "_restart", "_retry", "_running", "_same", "_seam",
-        "_start", "_stop_ids", "_stream", "_unheard", "_usage", "_usage_shown", "_whole", "attained", "committed",
-        "error", "finish_reason", "finished", "limit", "mode", "over", "prompt_tokens", "request", "started",
-        "stop_reason",
+        "_start", "_stop_ids", "_stream", "_unheard", "_usage", "_usage_shown", "_whole", "attained", "cached",
+        "committed", "error", "finish_reason", "finished", "limit", "mode", "over", "prompt_tokens", "request",
+        "started", "stop_reason",
     )  # fmt: skip
 
     request: Request
@@ -78,6 +78,8 @@ class Reading:
     """The current call needs no further reading: close it and end the slice as finished."""
     error: UpstreamError | None
     """What the engine reported inside a stream that had begun."""
+    cached: tuple[int, int] | None
+    """Of a call that went on: tokens the engine had cached, of so many of its prompt; None where it does not say."""
     _asked: int | None
     """Tokens the call was limited to."""
     _start: int
@@ -414,6 +416,8 @@ class Reading:
         self._usage = usage
         if self._first:
             self._encoder.details = usage.get("prompt_tokens_details")
+        else:
+            self.cached = _cached(usage)
         if self.prompt_tokens is None and usage.get("prompt_tokens"):
             self.prompt_tokens = usage["prompt_tokens"] - (0 if self._first else self._start)
 
@@ -441,6 +445,8 @@ class Reading:
         self._ledger.commit([], True)
         self.attained = self._ledger.count
         self._usage = usage
+        if not self._first:
+            self.cached = _cached(usage)
         self._note_fingerprint(document.get("system_fingerprint"))
         if self._first:
             self.prompt_tokens = usage.get("prompt_tokens")
@@ -476,6 +482,14 @@ class Reading:
 
 
 _NOT_SEARCHED = Pushed("", None, False)
+
+
+def _cached(usage: dict[str, Any]) -> tuple[int, int] | None:
+    """Cached tokens and all tokens of a call's prompt."""
+    details = usage.get("prompt_tokens_details")
+    cached = number(details.get("cached_tokens")) if isinstance(details, dict) else None
+    prompt = number(usage.get("prompt_tokens"))
+    return None if cached is None or prompt is None else (cached, prompt)
 
 
 def _parsed(choice: dict[str, Any]) -> bool:

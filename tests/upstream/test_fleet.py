@@ -6,11 +6,16 @@ import asyncio
 from typing import Any
 
 import pytest
+import yaml
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
-from elis_gateway.config import Health, Upstream
+from elis_gateway.config import Health, Upstream, dump, from_mapping
+from elis_gateway.errors import ConfigError
 from elis_gateway.sim.faults import Fault
+from elis_gateway.tasks import spawn
 from elis_gateway.upstream.fleet import Fleet, in_place
-from tests.gateway.world import AT_ONCE, COMPLETIONS, until, world
+from tests.gateway.world import AT_ONCE, CHAT, COMPLETIONS, paced, until, world
 
 
 async def test_an_upstream_that_stumbles_when_it_is_asked_does_not_unslice_its_model() -> None:
@@ -55,3 +60,97 @@ async def test_close_leaves_no_task_behind() -> None:
     await fleet.start(patience=0.1)
     await fleet.close()
     assert len(asyncio.all_tasks()) <= before + 1
+
+
+# --- slots: auto, and ranks ----------------------------------------------------------------------------------------
+
+
+async def test_auto_slots_find_what_the_engine_runs() -> None:
+    async with world(paced(400.0, slots=6), upstream={"slots": "auto"}) as w:
+        body = {"model": "sim", "prompt": "Tell me", "max_tokens": 40, "stream": True}
+        busy = [spawn(_for_ever(w, body), name="client") for _ in range(24)]
+        seen: set[int] = set()
+
+        def found() -> bool:
+            shown = w.gateway.upstreams()[0]["slots"]
+            seen.add(shown)
+            return shown == 6 and 8 in seen
+
+        try:
+            await until(found)
+            assert w.gateway.upstreams()[0]["slots_auto"]
+            async with w.session.get(w.admin + "/metrics") as response:
+                page = await response.text()
+            name = w.gateway.upstreams()[0]["id"]
+            assert f'elis_engine_running{{upstream="{name}"}}' in page
+            assert f'elis_engine_waiting{{upstream="{name}"}}' in page
+        finally:
+            for task in busy:
+                task.cancel()
+            await asyncio.gather(*busy, return_exceptions=True)
+
+
+async def _for_ever(w: Any, body: dict[str, Any]) -> None:
+    while True:
+        await w.ask(COMPLETIONS, body)
+
+
+async def test_auto_slots_of_a_mute_engine_and_a_list_of_models_that_comes_in_pieces(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def models(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for piece in (b'{"data": [{"id": "o', b'ne"}, {"id": ', b'"two"}]}'):
+            await response.write(piece)
+            await asyncio.sleep(0.01)
+        await response.write_eof()
+        return response
+
+    async def health(request: web.Request) -> web.Response:
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_get("/health", health)
+    app.router.add_get("/v1/models", models)
+    async with TestServer(app) as server:
+        settings = Upstream.model_validate(
+            {"url": str(server.make_url("")).rstrip("/"), "slots": "auto", "continuation": "off"}
+        )
+        fleet = Fleet([settings], lambda info: None)
+        with caplog.at_level("WARNING", logger="elis_gateway.upstream"):
+            await fleet.start()
+        try:
+            assert sorted(fleet.models) == ["one", "two"]
+            assert fleet.describe()[0]["slots"] == 4
+            assert "slots: auto, but it shows neither" in caplog.text
+        finally:
+            await fleet.close()
+
+
+async def test_ranks_of_one_engine_are_upstreams_and_an_answer_stays_where_it_began() -> None:
+    async with world(paced(2000.0, slots=8), upstream={"data_parallel_size": 2, "slots": 2}) as w:
+        names = [u["id"] for u in w.gateway.upstreams()]
+        assert [name.rpartition("-rank-")[2] for name in names] == ["0", "1"]
+        async with w.session.put(w.admin + "/admin/policy", json={"kind": "round_robin", "mode": "fixed"}) as response:
+            assert response.status == 200
+        body = {"model": "sim", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 120, "stream": True}
+        await asyncio.gather(*(w.check(CHAT, body) for _ in range(8)))
+        calls = w.engine.log.listed()
+        assert {call["rank"] for call in calls} == {"0", "1"}
+        # A client may not choose.
+        await w.ask(CHAT, body, **{"X-data-parallel-rank": "7"})
+        assert {call["rank"] for call in w.engine.log.listed()} == {"0", "1"}
+
+
+def test_what_does_not_go_with_auto() -> None:
+    for more in ({"overcommit": 2}, {"engine_priority": "on"}):
+        with pytest.raises(ValueError, match="not both"):
+            Upstream.model_validate({"url": "http://a", "slots": "auto", **more})
+    with pytest.raises(ConfigError, match=r"no scheduler\.overcommit"):
+        from_mapping({"upstreams": [{"url": "http://a", "slots": "auto"}], "scheduler": {"overcommit": 1}})
+    with pytest.raises(ConfigError, match="data_parallel_size or data_parallel_rank"):
+        from_mapping({"upstreams": [{"url": "http://a", "slots": 1, "data_parallel_size": 2, "data_parallel_rank": 0}]})
+    kept = from_mapping({"upstreams": [{"url": "http://a", "slots": "auto", "data_parallel_size": 2}]})
+    assert [u.name for u in kept.upstreams] == ["a-rank-0", "a-rank-1"]
+    assert from_mapping(yaml.safe_load(dump(kept))) == kept
