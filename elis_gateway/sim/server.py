@@ -102,9 +102,14 @@ class SimServer:
         for site in list(runner.sites):
             await site.stop()
         self.sim.die()
-        for connection in [] if runner.server is None else runner.server.connections:
+        server = runner.server
+        for connection in [] if server is None else server.connections:
             reset(connection.transport)
         await runner.cleanup()
+        # One that had been accepted, but was not a connection yet, when the listener closed.
+        await asyncio.sleep(0)
+        for connection in [] if server is None else server.connections:
+            reset(connection.transport)
 
     async def restart(self) -> None:
         """``kill``, and a fresh engine on the same port."""

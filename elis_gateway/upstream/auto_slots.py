@@ -43,7 +43,7 @@ class Look(NamedTuple):
 class AutoSlots:
     """One engine's number of slots. ``most``: the bound, where it is known."""
 
-    __slots__ = ("_calm", "_evicted", "_held", "_met", "_pause", "_step", "_strain", "most", "slots")
+    __slots__ = ("_calm", "_evicted", "_held", "_met", "_pause", "_share", "_step", "_strain", "most", "slots")
 
     def __init__(self, most: int | None = None) -> None:
         self.slots = _START if most is None else min(_START, most)
@@ -54,6 +54,8 @@ class AutoSlots:
         """Looks in which all slots were used and nothing spoke against more."""
         self._strain = 0
         """Looks in a row that showed a queue, or too little memory."""
+        self._share = 0.0
+        """The most of our calls that it ran in these."""
         self._pause = 1
         self._step = 1
         self._held = False
@@ -80,26 +82,30 @@ class AutoSlots:
         if seen.waiting > 0 or short:
             self._calm = 0
             self._strain += 1
+            # Of what it runs, as much as our part of its calls; the most that was seen, for one may just have ended.
+            share = seen.running * seen.ours / max(seen.running + seen.waiting, seen.ours, 1.0)
+            self._share = max(self._share, share)
             if (self._strain >= _CERTAIN or evicting) and seen.ours <= self.slots:
-                self._down(seen, short=short)
+                self._down(short=short)
         else:
             self._strain = 0
+            self._share = 0.0
             if seen.ours >= self.slots and (seen.kv is None or seen.kv < _ROOM):
                 self._calm += 1
                 if self._calm >= self._pause:
                     self._up()
         return self.slots != before
 
-    def _down(self, seen: Look, *, short: bool) -> None:
-        # Of what it runs, as much as our part of its calls. Memory that is short says more: it runs too many as it is.
-        share = seen.running * seen.ours / max(seen.running + seen.waiting, seen.ours, 1.0)
+    def _down(self, *, short: bool) -> None:
+        # Memory that is short says more than a queue: it runs too many as it is.
         least = max(self.slots // 8, 1) if short else 1
-        self.slots = max(min(self.slots - least, int(share)), 1)
+        self.slots = max(min(self.slots - least, int(self._share)), 1)
         self._pause = min(max(2 * self._pause, _FIRST_PAUSE), _LONGEST_PAUSE) if self._met else _FIRST_PAUSE
         self._met = True
         self._step = 1
         self._held = False
         self._strain = 0
+        self._share = 0.0
 
     def _up(self) -> None:
         more = self._step if self._met else self.slots

@@ -117,8 +117,8 @@ def test_never_below_one_and_others_get_their_part() -> None:
     assert auto.slots == 1
     shared = AutoSlots()
     watched(shared, Engine(100), 6)
-    watched(shared, Engine(100, others=100), 4)
-    assert 40 <= shared.slots <= 60
+    watched(shared, Engine(100, others=100), 8)
+    assert 20 <= shared.slots <= 60
 
 
 def test_a_cut_is_given_time_to_take_effect() -> None:

@@ -74,7 +74,8 @@ async def test_auto_slots_find_what_the_engine_runs() -> None:
         def found() -> bool:
             shown = w.gateway.upstreams()[0]["slots"]
             seen.add(shown)
-            return shown == 6 and 8 in seen
+            # It goes on to look whether there is more: one above, now and then.
+            return max(seen) > 8 and 5 <= shown <= 7
 
         try:
             await until(found)
