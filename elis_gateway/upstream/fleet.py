@@ -44,7 +44,7 @@ class _Member:
         lost: Callable[[str, float], None],
     ) -> None:
         self.settings = settings
-        self.overcommit = overcommit if settings.overcommit is None else settings.overcommit
+        self.overcommit = _in_hand(settings, overcommit)
         self.upstream = HttpUpstream(settings, report=self._failed, well=self._succeeded)
         self._lost = lost
         self.health = Health(settings.health)
@@ -175,7 +175,7 @@ class _Member:
     def change(self, settings: config.Upstream, overcommit: int) -> None:
         """Take over settings that need no new connections and no new questions (``in_place``)."""
         self.settings = settings
-        self.overcommit = overcommit if settings.overcommit is None else settings.overcommit
+        self.overcommit = _in_hand(settings, overcommit)
         if settings.slots != "auto":
             self.auto = self.load = None
         elif self.auto is None:
@@ -186,6 +186,13 @@ class _Member:
         self.health.change(settings.health)
         self._changed(self)
         self._nudge.set()
+
+
+def _in_hand(settings: config.Upstream, overcommit: int) -> int:
+    """Calls kept in flight beyond the slots: none where the engine's queue is to tell how many slots there are."""
+    if settings.slots == "auto":
+        return 0
+    return overcommit if settings.overcommit is None else settings.overcommit
 
 
 _IN_PLACE = ("slots", "overcommit", "timeouts", "health")
