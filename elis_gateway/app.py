@@ -125,6 +125,7 @@ class Gateway:
             aliases=config.models,
             classes=scheduler.classes,
             default_class=scheduler.default_class,
+            class_tail=scheduler.class_tail,
             describe=describe,
             door=self.door,
             forward_credentials=any(u.forward_credentials for u in config.upstreams),
@@ -425,6 +426,9 @@ class Gateway:
             self._intake.classes = dict(new.scheduler.classes)
             self._intake.default_class = new.scheduler.default_class
             applied.append("scheduler.classes")
+        if new.scheduler.class_tail != old.scheduler.class_tail:
+            self._intake.class_tail = dict(new.scheduler.class_tail)
+            applied.append("scheduler.class_tail")
         if new_keys != self._keys or new.limits != old.limits or new.scheduler.classes != old.scheduler.classes:
             self._keys = new_keys
             self.door.change(new_keys, new.limits, new.scheduler.classes)
@@ -538,7 +542,7 @@ def _but_for_path(predictor: Any) -> dict[str, Any]:
 
 
 def _needs_restart(old: Config, new: Config) -> list[str]:
-    live = {*_ORDERING, "classes", "default_class", "queue", "retries", "retry_budget", "tail"}
+    live = {*_ORDERING, "classes", "class_tail", "default_class", "queue", "retries", "retry_budget", "tail"}
     sections = ("server", "admin", "predictor", "logging", "traffic_log", "tracing")
     return [
         f"scheduler.{name}"

@@ -394,6 +394,9 @@ class Scheduler(Section):
     above the policy."""
     default_class: Name = "default"
     """The class of a request that names none."""
+    class_tail: dict[Name, Annotated[float, Field(ge=1)]] = {}
+    """The promise of single classes, in place of `tail`: {interactive: 1.1}. It is held within the class: a better
+    class may still go first."""
     fair: bool = False
     """Share fairly between keys, above the policy and below the classes: in every round each key has room for
     `fair_round` tokens times its `weight`, and the policy orders within the round. Not together with overcommit."""
@@ -410,6 +413,8 @@ class Scheduler(Section):
     def _default_class_exists(self) -> Scheduler:
         if self.default_class not in self.classes:
             raise ValueError(f"expected default_class to be one of the classes ({', '.join(self.classes)})")
+        if unknown := sorted(set(self.class_tail) - set(self.classes)):
+            raise ValueError(f"expected class_tail to name classes of classes; unknown: {', '.join(unknown)}")
         if self.fair and self.overcommit:
             raise ValueError("expected fair or overcommit, not both: an engine's own queue knows no rounds")
         return self

@@ -10,6 +10,7 @@ import itertools
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 from elis_gateway.access import CREDENTIALS, Door, Grant
@@ -24,6 +25,8 @@ from elis_gateway.wire.several import split
 
 __all__ = ["Intake", "ModelDirectory"]
 
+_LONGEST_DEADLINE = 30 * 24 * 3600
+"""Seconds: what is later is no deadline, and further than clocks of event loops count."""
 _CONVERSATIONS = 65_536
 """Conversations remembered; the least recently used is forgotten first."""
 
@@ -50,6 +53,7 @@ class Intake(Observer):
         aliases: Mapping[str, str],
         classes: Mapping[str, int],
         default_class: str,
+        class_tail: Mapping[str, float] = MappingProxyType({}),
         describe: Callable[[Flight], str],
         door: Door,
         reads_text: bool = True,
@@ -63,6 +67,8 @@ class Intake(Observer):
         self.aliases = dict(aliases)
         self.classes = dict(classes)
         self.default_class = default_class
+        self.class_tail = dict(class_tail)
+        """The promises of single classes."""
         self._directory = directory
         self._clock = clock
         self._describe = describe
@@ -108,6 +114,7 @@ class Intake(Observer):
             deadline=self._deadline(headers.get("X-Elis-Deadline")),
             sliceable=answer.mode is not Mode.WHOLE,
             conversation=conversation or (job_id if request.chat else None),
+            tail=self.class_tail.get(class_name),
         )
         describe = self._describe if headers.get("X-Elis-Debug") == "1" else None
         name = "" if grant is None else grant.name
@@ -190,9 +197,10 @@ class Intake(Observer):
             seconds = float(value)
         except ValueError:
             seconds = -1.0
-        if not 0.0 < seconds < float("inf"):
+        if not 0.0 < seconds <= _LONGEST_DEADLINE:
             raise ClientError(
-                f"X-Elis-Deadline: expected seconds above 0, got {value!r}",
+                f"X-Elis-Deadline: expected seconds above 0 and at most {_LONGEST_DEADLINE} (30 days), "
+                f"got {value[:40]!r}",
                 param="X-Elis-Deadline",
                 code="bad_deadline",
             )

@@ -57,6 +57,8 @@ class JobSpec(NamedTuple):
     """Jobs of one conversation share a prefix; the next turn prefers the replica that ran the last."""
     payload: object = None
     """Opaque to the core: what the driver needs to run the job."""
+    tail: float | None = None
+    """Its class's own promise, instead of the scheduler's ``tail``."""
 
 
 class Estimate(NamedTuple):

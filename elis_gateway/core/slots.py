@@ -94,11 +94,11 @@ class Slots:
     def _goes_on(self, job: Job, upstream: Upstream, now: float) -> bool:
         """Start ``job`` in the slot that was held for it where nobody else deserves it, without a detour through the
         queue: in fixed windows that is how most slices begin."""
-        if self._config.tail is not None or job.avoid is not None or upstream.free != 1:
+        if self._config.tail is not None or job.spec.tail is not None or job.avoid is not None or upstream.free != 1:
             return False
         key = self.policy.key(job, job.pool, now)
         head = self._room.best_for(upstream, now)
-        if head is not None and (job.spec.rank, key) >= (head.rank, head.key):
+        if head is not None and (head.late == 0 or (job.spec.rank, key) >= (head.rank, head.key)):
             return False
         self._start(job, upstream, now, key)
         return True
@@ -121,7 +121,7 @@ class Slots:
 
     def _push(self, job: Job, queue: ReadyQueue, now: float) -> None:
         pool = job.pool
-        tail = self._config.tail
+        tail = job.spec.tail or self._config.tail
         if tail is not None:
             job.due = pool.shadow.due(job, remaining_tokens(job, pool) * pool.seconds_per_token, tail)
         self._last_id = seq = self._last_id + 1

@@ -296,7 +296,7 @@ class _Simulation:
         spec = _new(
             JobSpec,
             (asked.id, asked.model, asked.app, asked.prompt, asked.prompt_tokens, asked.limit, asked.rank, deadline,
-             asked.sliceable, asked.conversation, life),
+             asked.sliceable, asked.conversation, life, None),
         )  # fmt: skip
         if asked.patience is not None:
             self._at(now + asked.patience, self._leave, asked.id)

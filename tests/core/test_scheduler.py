@@ -350,6 +350,19 @@ class TestEngineOrdered:
         assert s.submit("second", 150, conversation="talk")[-1] == "run second on u"
         assert s.finish("b", 100) == ["completed b"]
 
+    def test_a_class_has_a_promise_of_its_own(self):
+        s = Stage()
+        s.scheduler.pools["m"].shadow.p99.value = 100.0
+        s.submit("a", 10)
+        s.started("a")
+        assert s.submit("promised", 400, tail=1.0) == ["ask promised"]
+        assert s.submit("short", 30) == ["ask short"]
+        # Before anything else: whoever has been promised something and is overdue.
+        assert s.at(10.0).finish("a", 10) == ["completed a", "run promised on u"]
+        s.started("promised")
+        assert s.submit("shorter", 5) == ["ask shorter"], "and is not made to yield"
+        assert s.at(410.0).finish("promised", 400) == ["completed promised", "run shorter on u"]
+
     def test_never_more_calls_than_slots_and_overcommit(self):
         s = Stage(slots=2, overcommit=2, orders=True)
         for i in range(10):

@@ -12,6 +12,7 @@ import pytest
 
 from elis_gateway import app
 from elis_gateway.config import from_mapping
+from elis_gateway.errors import ConfigError
 from elis_gateway.sim.checker import of_stream
 from elis_gateway.sim.faults import Fault
 from elis_gateway.sim.proxy import FaultProxy
@@ -170,6 +171,22 @@ async def test_a_frozen_engine_s_answers_go_on_elsewhere_once_it_is_down() -> No
                 proxies[busy].thaw()
             assert w.checker.check(path, body, of_stream(payloads(data))) == []
             await until(lambda: len(w.gateway.fleet.serving("sim")) == 2)
+
+
+async def test_a_class_is_promised_something_of_its_own() -> None:
+    classes = {"classes": {"default": 0, "rush": 0}}
+    async with world(scheduler=classes) as w:
+        for promise in ({}, {"class_tail": {"rush": 1.1}}):
+            changed(w, scheduler={**classes, **promise})
+            await w.gateway.reload()
+            seen = []
+            w.gateway.dispatcher._tell_submitted.append(lambda flight, seen=seen: seen.append(flight.spec.tail))
+            for name in ("default", "rush"):
+                await w.ask(COMPLETIONS, {**BODY, "max_tokens": 5}, **{"X-Elis-Class": name})
+            assert seen == [None, promise.get("class_tail", {}).get("rush")]
+            w.gateway.dispatcher._tell_submitted.pop()
+    with pytest.raises(ConfigError, match="class_tail to name classes"):
+        from_mapping({"upstreams": [{"url": "http://a", "slots": 1}], "scheduler": {"class_tail": {"other": 1.1}}})
 
 
 async def test_a_client_that_stops_reading_is_cut_off_and_costs_little() -> None:

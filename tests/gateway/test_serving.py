@@ -93,7 +93,10 @@ async def test_a_request_we_cannot_read_is_refused_in_openai_s_form(body: Any, s
     ("headers", "param"),
     [
         ({"X-Elis-Class": "gold"}, "X-Elis-Class"),
-        *(({"X-Elis-Deadline": value}, "X-Elis-Deadline") for value in ("soon", "nan", "inf", "-1", "0")),
+        *(
+            ({"X-Elis-Deadline": value}, "X-Elis-Deadline")
+            for value in ("soon", "nan", "inf", "-1", "0", "1e300", "2592001")
+        ),
     ],
 )
 async def test_a_header_without_sense_is_refused(headers: dict[str, str], param: str) -> None:
