@@ -26,7 +26,7 @@ import click
 
 from loadtest.engines import Child, EngineFailed, die_with_parent, free_port, wait_ready
 
-__all__ = ["MODEL", "cache", "missing", "setup", "vllm"]
+__all__ = ["MODEL", "cache", "missing", "setup", "vllm", "vllm_child"]
 
 VERSION = "0.32.0"
 MODEL = "smollm2"
@@ -200,6 +200,21 @@ def _server_argv(port: int, slots: int, *, priority: bool, extra: Sequence[str])
     return [*argv, *extra]
 
 
+def vllm_child(
+    port: int, *, slots: int = 4, priority: bool = False, extra: Sequence[str] = (), log: Path | None = None
+) -> Child:
+    """vLLM as a child that is not started yet, on this port of the loopback interface.
+
+    Raises:
+        EngineFailed: the environment is missing.
+    """
+    if (reason := missing()) is not None:
+        raise EngineFailed(reason)
+    argv = [sys.executable, str(Path(__file__).resolve()), "serve", "--until-stdin-closes", "--port", str(port)]
+    argv += ["--slots", str(slots), *(["--priority"] if priority else []), "--", *extra]
+    return Child(argv, log=log or cache() / f"vllm-{port}.log")
+
+
 @contextmanager
 def vllm(
     *,
@@ -218,14 +233,9 @@ def vllm(
     Raises:
         EngineFailed: the environment is missing, or it did not become ready within ``timeout`` seconds.
     """
-    if (reason := missing()) is not None:
-        raise EngineFailed(reason)
     port = port or free_port()
-    log = log or cache() / f"vllm-{port}.log"
-    argv = [sys.executable, str(Path(__file__).resolve()), "serve", "--until-stdin-closes", "--port", str(port)]
-    argv += ["--slots", str(slots), *(["--priority"] if priority else []), "--", *extra]
     url = f"http://127.0.0.1:{port}"
-    with Child(argv, log=log) as child:
+    with vllm_child(port, slots=slots, priority=priority, extra=extra, log=log) as child:
         took = wait_ready(
             child,
             f"{url}/health",

@@ -128,6 +128,10 @@ def make_admin_app(desk: AdminDesk) -> web.Application:
     async def remove(request: web.Request) -> web.Response:
         return await _or_error(lambda: desk.remove_upstream(request.match_info["name"]))
 
+    async def openapi(request: web.Request) -> web.Response:
+        body = files("elis_gateway").joinpath("openapi-admin.yaml").read_bytes()
+        return web.Response(body=body, content_type="application/yaml")
+
     async def drain(request: web.Request) -> web.Response:
         draining = request.match_info["what"] == "drain"
         return await _or_error(lambda: desk.drain_upstream(request.match_info["name"], draining))
@@ -139,6 +143,7 @@ def make_admin_app(desk: AdminDesk) -> web.Application:
     app.router.add_get("/", to_ui)
     app.router.add_get("/ui", ui)
     app.router.add_get("/admin/live", live)
+    app.router.add_get("/openapi.yaml", openapi)
     app.router.add_get("/metrics", metrics)
     app.router.add_get("/admin/policy", get_policy)
     app.router.add_put("/admin/policy", put_policy)

@@ -150,7 +150,9 @@ class Gateway:
             estimate_deadline=getattr(config.predictor, "deadline", 0.5),
             retry_budget=scheduler.retry_budget,
         )
-        self._relay = Relay(self.fleet, config.models, body_timeout=config.server.body_timeout)
+        self._relay = Relay(
+            self.fleet, config.models, body_timeout=config.server.body_timeout, max_body=config.server.max_body
+        )
         self._changing = asyncio.Lock()
         """One change of the configuration at a time."""
         self._wanted = {u.name: u for u in config.upstreams}

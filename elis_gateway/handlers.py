@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from importlib.resources import files
 from typing import Any, Protocol
 from urllib.parse import unquote
 
@@ -32,6 +33,7 @@ from elis_gateway.wire.problems import problem, reason
 __all__ = ["Handlers", "describe", "problem_response"]
 
 _JSON = "application/json"
+_OPENAPI = files("elis_gateway").joinpath("openapi.yaml")
 _EVENTS = "text/event-stream; charset=utf-8"
 _BACKLOG = 64 * 1024
 """Bytes a client may be behind before writing waits for it."""
@@ -98,6 +100,7 @@ class Handlers:
             ("GET", "/v1/models"): self._models,
             ("GET", "/health"): self._health,
             ("GET", "/ready"): self._ready,
+            ("GET", "/openapi.yaml"): self._openapi,
         }
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -286,6 +289,10 @@ class Handlers:
             for name, length in models.items()
             if grant is None or grant.may_use(name, aliases.get(name, name))
         }
+
+    async def _openapi(self, request: web.BaseRequest) -> web.StreamResponse:
+        """What is served here, as an OpenAPI description."""
+        return web.Response(body=_OPENAPI.read_bytes(), content_type="application/yaml")
 
     async def _health(self, request: web.BaseRequest) -> web.StreamResponse:
         """The process is alive."""

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from elis_gateway.access import CREDENTIALS, Door, Grant
 from elis_gateway.core.job import JobSpec
-from elis_gateway.errors import ClientError, ModelNotFound
+from elis_gateway.errors import ClientError, ModelNotFound, Overloaded
 from elis_gateway.flight import Flight, Observer
 from elis_gateway.party import Party
 from elis_gateway.upstream.base import Capabilities
@@ -25,8 +25,14 @@ from elis_gateway.wire.several import split
 
 __all__ = ["Intake", "ModelDirectory"]
 
+_GUESSES = 256
+"""Names of models that are taken for possible ones while no upstream has told which it serves."""
+_LONGEST_APP = 128
+"""Characters of an application's name that are kept as they are."""
 _LONGEST_DEADLINE = 30 * 24 * 3600
 """Seconds: what is later is no deadline, and further than clocks of event loops count."""
+_LATER = 5.0
+"""Seconds after which an upstream may have been heard of."""
 _CONVERSATIONS = 65_536
 """Conversations remembered; the least recently used is forgotten first."""
 
@@ -97,6 +103,9 @@ class Intake(Observer):
         """
         model = self._model(request.model, grant)
         able = self._directory.capabilities(model)
+        if not able.models and model not in self._lore and len(self._lore) >= _GUESSES:
+            # Each name is remembered here and in the scheduler; anybody could think of more.
+            raise Overloaded("no upstream has told its models yet", cause="unavailable", retry_after=_LATER)
         answer = self._answer(request, model, able)
         class_name, rank = self._class(headers.get("X-Elis-Class"), grant)
         self._door.check(grant, model, request.model or self._names().get(model, model), class_name)
@@ -224,7 +233,10 @@ def continuation(request: Request, able: Capabilities) -> tuple[Mode, str]:
 
 
 def _readable(header: str) -> str:
-    """A header's value as text that can be written anywhere: bytes that were no UTF-8 came as lone surrogates."""
+    """A header's value as text that can be written anywhere, and kept: bytes that were no UTF-8 came as lone
+    surrogates, and a value may be as long as a header."""
+    if len(header) > _LONGEST_APP:
+        return hashlib.blake2b(header.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
     return header if header.isascii() else header.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 

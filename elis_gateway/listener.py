@@ -131,6 +131,9 @@ class _Connection(web.RequestHandler):
     ) -> web.StreamResponse:
         """The response for what no handler answered; the connection closes after it."""
         error: GatewayError
+        if isinstance(exc, ConnectionError):
+            # The client went while its handler wrote. aiohttp knows what to do with this one.
+            raise ConnectionError("the client is gone") from exc
         if status < 500:
             _log.debug("malformed request from %s: %s", request.remote, exc)
             error = ClientError(f"malformed HTTP request: {_words(exc, message)}", code="bad_request")

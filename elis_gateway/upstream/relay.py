@@ -7,11 +7,12 @@ the body. Never: queues, slots. A relayed call holds no slot: embeddings and the
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import aiohttp
 import orjson
-from aiohttp import web
+from aiohttp import web, web_protocol
+from aiohttp.http_exceptions import HttpProcessingError
 from multidict import CIMultiDict
 
 from elis_gateway.errors import ClientError, Forbidden, ModelNotFound, Overloaded, UpstreamError, UpstreamRefused
@@ -47,10 +48,13 @@ _RETRY_AFTER = 5.0
 class Relay:
     """A handler for requests that are not ours. ``aliases``: client's model name to upstream's."""
 
-    def __init__(self, fleet: Fleet, aliases: Mapping[str, str], *, body_timeout: float = 0.0) -> None:
+    def __init__(
+        self, fleet: Fleet, aliases: Mapping[str, str], *, body_timeout: float = 0.0, max_body: int = 1 << 62
+    ) -> None:
         self.aliases = dict(aliases)
         self._fleet = fleet
         self._body_timeout = body_timeout
+        self._max_body = max_body
         self._in_flight: dict[str, int] = {}
 
     async def __call__(
@@ -117,7 +121,8 @@ class Relay:
         self, upstream: HttpUpstream, request: web.BaseRequest, body: bytes | None, *, streamed: bool
     ) -> web.StreamResponse:
         headers = _request_headers(request.headers, upstream)
-        data: bytes | aiohttp.StreamReader | None = request.content if streamed else body
+        upload = _Upload(request.content, self._body_timeout, self._max_body) if streamed else None
+        data = body if upload is None else upload.pieces()
         if not streamed or headers.popall("Content-Encoding", None) is not None:
             # The body is counted anew: what came compressed has been unpacked on the way in.
             headers.popall("Content-Length", None)
@@ -148,7 +153,8 @@ class Relay:
                 raise foreign_refusal(upstream.id, answer.status)
             given = _response_headers(answer.headers)
             given.update(getattr(request, "beside", {}))
-            response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=given)
+            reason = answer.reason if answer.reason is not None and answer.reason.isprintable() else ""
+            response = web.StreamResponse(status=answer.status, reason=reason, headers=given)
             await response.prepare(request)
             async for chunk in answer.content.iter_any():
                 await response.write(chunk)
@@ -157,17 +163,50 @@ class Relay:
         except (aiohttp.ClientError, OSError, asyncio.CancelledError, UpstreamError) as error:
             if answer is not None:
                 abort(answer)
-            if isinstance(error, UpstreamError):
+            if isinstance(error, (UpstreamError, asyncio.CancelledError)):
                 raise
-            if response is None and not isinstance(error, asyncio.CancelledError):
+            if response is None and upload is not None and upload.error is not None:
+                # It was the client's body that broke: the upstream must not be blamed for it.
+                raise upload.error from error
+            if response is None:
                 raise unavailable(upstream.id, error) from error
-            if isinstance(error, aiohttp.ClientError) and request.transport is not None:
+            if request.transport is not None:
                 # The status is out: all that is left is to let the client see that the body was cut.
                 request.transport.abort()
-            raise
+            raise ConnectionResetError("the answer broke off") from error
         finally:
             self._in_flight[upstream.id] -= 1
         return response
+
+
+class _Upload:
+    """A client's body on its way through. ``error``: what went wrong with it, which is no fault of the upstream's."""
+
+    def __init__(self, content: aiohttp.StreamReader, seconds: float, most: int) -> None:
+        self.error: ClientError | None = None
+        self._content = content
+        self._deadline = asyncio.get_running_loop().time() + seconds if seconds > 0 else None
+        self._left = most
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """As they come, within the limits of time and size."""
+        while piece := await self._next():
+            yield piece
+
+    async def _next(self) -> bytes:
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                piece = await self._content.readany()
+        except TimeoutError:
+            self.error = ClientError("the request body took too long to arrive", code="request_timeout")
+        except (web_protocol.RequestPayloadError, HttpProcessingError, aiohttp.ClientError, OSError):
+            self.error = ClientError("the request body is not what its headers say", code="invalid_body")
+        else:
+            self._left -= len(piece)
+            if self._left >= 0:
+                return piece
+            self.error = ClientError("the request body is too large", code="request_too_large")
+        raise aiohttp.ClientPayloadError(str(self.error))
 
 
 def _request_headers(given: Mapping[str, str], upstream: HttpUpstream) -> CIMultiDict[str]:
@@ -190,13 +229,19 @@ def _request_headers(given: Mapping[str, str], upstream: HttpUpstream) -> CIMult
 
 def _response_headers(given: Mapping[str, str]) -> CIMultiDict[str]:
     headers = _without_hop(given)
-    for name in {name for name in headers if name.lower().startswith(_NOT_FROM_UPSTREAMS)}:
+    for name in {
+        name
+        for name, value in headers.items()
+        if name.lower().startswith(_NOT_FROM_UPSTREAMS) or not value.replace("\t", " ").isprintable()
+    }:
         headers.popall(name)
     return headers
 
 
 def _without_hop(given: Mapping[str, str]) -> CIMultiDict[str]:
-    named = {name.strip().lower() for name in given.get("Connection", "").split(",")}
+    named = {
+        name.strip().lower() for key, value in given.items() if key.lower() == "connection" for name in value.split(",")
+    }
     headers: CIMultiDict[str] = CIMultiDict()
     for name, value in given.items():
         if (lower := name.lower()) not in _HOP_BY_HOP and lower not in named:
