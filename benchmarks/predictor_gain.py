@@ -119,7 +119,7 @@ class Shipped:
         if found is None:
             vector = self._vectors[answer.prompt_id]
             row = features.features(answer.prompt, answer.so_far(attained), attained)
-            [said] = self.model.head(vector[None, :], [row], answer.model)
+            [said] = self.model.head(vector[None, :], np.array([row], dtype=np.float32), [answer.model])
             found = self._seen[key] = said, row, self.model.reduce(vector)
         return Sight(attained, None, *found)
 

@@ -36,6 +36,7 @@ __all__ = ["EncodeOnce", "Paper", "make"]
 
 _log = logging.getLogger("elis_gateway.predictor")
 
+_NO_FEATURES = np.zeros((1, 0), dtype=np.float32)
 _JOBS = 20_000
 """Jobs whose predictions are remembered; those of jobs that never end are forgotten first."""
 _WINDOWS = 400
@@ -160,10 +161,12 @@ class _Known(NamedTuple):
 class _Trace:
     """What was said of one job."""
 
-    __slots__ = ("key", "made", "moments")
+    __slots__ = ("first", "key", "made", "moments", "reading")
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: bytes, prompt: str) -> None:
         self.key = key
+        self.reading = features.Reading(prompt)
+        self.first: Prediction | None = None
         self.made: dict[int, Prediction] = {}
         self.moments: dict[int, Moment] = {}
         """By tokens attained; a better estimate at the same place takes the first one's."""
@@ -201,23 +204,31 @@ class EncodeOnce(_Shipped):
     # ---- asked --------------------------------------------------------------------------------------------------
 
     def instant(self, view: View) -> Estimate | None:
-        trace = self._trace(view)
-        known = self._cache.get(trace.key)
-        sight = self._sight(view, known)
-        if trace.made and view.attained and (first := trace.made[min(trace.made)]).attained < view.attained:
-            sight = sight._replace(first=first.whole)
+        return self.instants((view,))[0]
+
+    def instants(self, views: Sequence[View]) -> list[Estimate | None]:
+        """The same for several jobs, in the order of ``views``: the head runs once, for a third less each."""
+        traces = [self._trace(view) for view in views]
+        known = [self._cache.get(trace.key) for trace in traces]
+        sights = self._sights(views, traces, known)
+        return [self._estimate(*each) for each in zip(views, traces, sights, strict=True)]
+
+    def _estimate(self, view: View, trace: _Trace, sight: Sight) -> Estimate | None:
+        attained = view.attained
         prediction = self.learner.predict(view.model, view.app, sight)
         history = self.learner.history
-        if len(trace.made) < _WINDOWS or view.attained in trace.made:
-            trace.made[view.attained] = prediction
+        if trace.first is None or attained <= trace.first.attained:
+            trace.first = prediction
+        if len(trace.made) < _WINDOWS or attained in trace.made:
+            trace.made[attained] = prediction
             before = history.mean(view)
-            trace.moments[view.attained] = Moment(
-                view.attained, prediction.mean, prediction.low, prediction.high,
+            trace.moments[attained] = Moment(
+                attained, prediction.mean, prediction.low, prediction.high,
                 prediction.mean if before is None else before,
             )  # fmt: skip
         if not self.audit.trusts(view.model) and (plain := history.instant(view)) is not None:
             return plain
-        return Estimate(prediction.mean, prediction.gittins, "bge" if known is not None else "bge-instant")
+        return Estimate(prediction.mean, prediction.gittins, "bge-instant" if sight.reduced is None else "bge")
 
     def wants_refining(self, view: View) -> bool:
         """Whether the prompt's embedding is still to be had."""
@@ -226,7 +237,9 @@ class EncodeOnce(_Shipped):
     async def refine(self, views: Sequence[View]) -> list[Estimate | None]:
         await asyncio.gather(*(self._learn_prompt(view) for view in views))
         # Without the embedding there is nothing to add to what was said at once.
-        return [self.instant(view) if self._trace(view).key in self._cache else None for view in views]
+        encoded = [view for view in views if self._trace(view).key in self._cache]
+        better = dict(zip((view.job_id for view in encoded), self.instants(encoded), strict=True))
+        return [better.get(view.job_id) for view in views]
 
     async def _learn_prompt(self, view: View) -> None:
         """Have the prompt in the cache, if the encoder can. One prompt is encoded once, however many ask."""
@@ -255,24 +268,42 @@ class EncodeOnce(_Shipped):
         trace = self._jobs.get(view.job_id)
         if trace is None:
             text = features.prompt_text(view.prompt).encode("utf-8", "surrogatepass")
-            trace = self._jobs[view.job_id] = _Trace(blake2b(text, digest_size=16).digest())
+            trace = self._jobs[view.job_id] = _Trace(blake2b(text, digest_size=16).digest(), view.prompt)
             if len(self._jobs) > _JOBS:
                 self._jobs.popitem(last=False)
         return trace
 
-    def _sight(self, view: View, known: _Known | None) -> Sight:
+    def _sights(self, views: Sequence[View], traces: Sequence[_Trace], known: Sequence[_Known | None]) -> list[Sight]:
         """What the learner is told. The shipped model speaks its training tokenizer's tokens, the rest the engine's."""
-        ratio = self.units.ratio(view.model, script_of(view.answer, view.prompt))
-        counters = features.features(view.prompt, view.answer, round(view.attained / ratio))
-        embedding = self._nothing if known is None else known.embedding
-        shipped: float | None = None
+        if not views:
+            return []
+        ratios = [self.units.ratio(view.model, script_of(view.answer, view.prompt)) for view in views]
+        rows = np.array(
+            [
+                trace.reading(view.answer, round(view.attained / ratio))
+                for view, trace, ratio in zip(views, traces, ratios, strict=True)
+            ],
+            dtype=np.float32,
+        )
+        shipped: list[float | None] = [None] * len(views)
         try:
-            [said] = self.model.head(embedding, [counters], view.model)
-            shipped = said + log(ratio)
+            said = self._heads(views, known, rows)
+            shipped = [one + log(ratio) for one, ratio in zip(said, ratios, strict=True)]
         except ModelError as error:
             self.counts["failed"] += 1
             _log.warning("the head failed: %s", str(error)[:300])
-        return Sight(view.attained, view.allowed, shipped, counters, None if known is None else known.reduced)
+        return [
+            Sight(
+                view.attained, view.allowed, one, row, None if seen is None else seen.reduced,
+                None if trace.first is None or trace.first.attained >= view.attained else trace.first.whole,
+            )
+            for view, trace, one, row, seen in zip(views, traces, shipped, rows, known, strict=True)
+        ]  # fmt: skip
+
+    def _heads(self, views: Sequence[View], known: Sequence[_Known | None], rows: Floats) -> list[float]:
+        embeddings = [self._nothing if seen is None else seen.embedding for seen in known]
+        together = embeddings[0] if len(embeddings) == 1 else np.concatenate(embeddings)
+        return self.model.head(together, rows, [view.model for view in views])
 
     # ---- told ---------------------------------------------------------------------------------------------------
 
@@ -298,6 +329,7 @@ class EncodeOnce(_Shipped):
             self._cache.clear()
             for trace in self._jobs.values():
                 trace.made.clear()
+                trace.first = None
         super()._use(model)
         self._nothing = np.zeros((1, model.manifest.encoder.hidden), dtype=np.float32)
         self.learner.fit(model.features, model.reduced, model.layout)
@@ -318,7 +350,7 @@ class Paper(_Shipped):
         ]
 
     def _estimate(self, view: View, vector: Floats) -> Estimate | None:
-        [said] = self.model.head(vector[None, :], [[]], view.model)
+        [said] = self.model.head(vector[None, :], _NO_FEATURES, [view.model])
         remaining = exp(min(said, 13.0)) * self.units.ratio(view.model, script_of(view.answer, view.prompt))
         return Estimate(clamp(remaining, view.allowed), None, "elis-paper") if isfinite(remaining) else None
 

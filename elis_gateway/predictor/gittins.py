@@ -63,7 +63,7 @@ class LengthTable:
     The tangents, which only the index needs, are found when it is first asked for.
     """
 
-    __slots__ = ("_best", "_hazard", "_mean", "_medians", "_memo", "_survival")
+    __slots__ = ("_best", "_hazard", "_mean", "_means", "_medians", "_memo", "_survival")
 
     def __init__(self, hazards: Sequence[float]) -> None:
         hazard = array("d", [h if h < _MOST else _MOST for h in hazards])
@@ -80,6 +80,7 @@ class LengthTable:
         self._hazard, self._mean, self._survival = hazard, mean, survival
         self._best: array[int] | None = None
         self._memo: dict[tuple[int, int | None], tuple[float, float]] = {}
+        self._means: dict[tuple[int, int | None], float] = {}
         self._medians: dict[int, float] = {}
 
     def _tangents(self) -> array[int]:
@@ -119,7 +120,12 @@ class LengthTable:
 
     def mean(self, age: int, allowed: int | None = None) -> float:
         """The first of what a call gives, without the cost of the second."""
-        return 1.0 if age >= EDGES[-1] else self._capped(age, allowed)[0]
+        found = self._means.get((age, allowed))
+        if found is None:
+            if len(self._means) >= _MEMO:
+                self._means.clear()
+            found = self._means[age, allowed] = 1.0 if age >= EDGES[-1] else self._capped(age, allowed)[0]
+        return found
 
     def _capped(self, age: int, allowed: int | None) -> tuple[float, int]:
         """(mean remaining, the age at which it is cut off)."""

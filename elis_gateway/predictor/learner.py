@@ -95,7 +95,7 @@ class Sight(NamedTuple):
     allowed: int | None
     shipped: float | None = None
     """Natural log of the remaining tokens as the shipped model predicts them; None: it did not."""
-    features: Sequence[float] | None = None
+    features: Sequence[float] | Inputs | None = None
     """Counters of prompt and answer so far."""
     reduced: Vector | None = None
     """The prompt's embedding, projected; None: not there (yet)."""
@@ -173,8 +173,7 @@ class Learner:
         inputs = self._vector(sight, anchor)
         kind = _kind(sight)
         spread = level.spreads[kind]
-        [line] = level.lines(inputs[None, :])
-        scale = exp(min(max(anchor + spread.place(line), 0.0), 13.0))
+        scale = exp(min(max(anchor + spread.place(level.line(inputs)), 0.0), 13.0))
         made = Prediction(*spread.table()(scale, sight.allowed), scale, sight.attained, anchor, inputs, kind)
         if sight.first is None or not sight.attained:
             return made
@@ -381,6 +380,11 @@ class _Level:
         seen = np.minimum(np.maximum(inputs, self.low), self.high) @ self.coefficients
         lines: list[float] = np.minimum(np.maximum(seen, -_CLIP), _CLIP).tolist()
         return lines
+
+    def line(self, inputs: Inputs) -> float:
+        """The same for one."""
+        seen = np.minimum(np.maximum(inputs, self.low), self.high)
+        return min(max(float(seen.dot(self.coefficients)), -_CLIP), _CLIP)
 
     @property
     def stale(self) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from importlib.resources import files
+from math import isfinite, log
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,24 +96,23 @@ class Model:
             raise ValueError(f"encoder: expected {len(rows)} finite vectors of {encoder.hidden}, got {vectors.shape}")
         return vectors  # type: ignore[no-any-return, unused-ignore]
 
-    def head(self, embeddings: Floats, rows: Sequence[Sequence[float]], model: str) -> list[float]:
+    def head(self, embeddings: Floats, rows: Floats, models: Sequence[str]) -> list[float]:
         """Natural logs of the remaining training tokens, one per row. An embedding of zeros: not there yet. ``rows``:
-        the features, where the head takes some."""
+        the features, where the head takes some; ``models``: who is served."""
         feed: dict[str, Any] = {}
         for name in self.manifest.head.inputs:
             if name == "embedding":
                 feed[name] = embeddings
             elif name == "features":
-                feed[name] = np.asarray(rows, dtype=np.float32)
+                feed[name] = rows
             else:
-                feed[name] = np.full(len(embeddings), self.manifest.model_index(model), dtype=np.int64)
-        said = self._head.run(None, feed)[0].reshape(-1).astype(np.float64)
-        if len(said) != len(embeddings) or not np.isfinite(said).all():
+                feed[name] = np.array([self.manifest.model_index(model) for model in models], dtype=np.int64)
+        said: list[float] = self._head.run(None, feed)[0].reshape(-1).tolist()
+        if len(said) != len(embeddings) or not all(map(isfinite, said)):
             raise ValueError(f"head: expected {len(embeddings)} finite numbers")
         if self.manifest.head.output == "remaining":
-            said = np.log(np.maximum(said, 1.0))
-        logs: list[float] = said.tolist()
-        return logs
+            said = [log(max(each, 1.0)) for each in said]
+        return said
 
     def reduce(self, embedding: Floats) -> npt.NDArray[np.float64]:
         """The projection of one embedding that the learner's regression reads."""
@@ -166,8 +166,9 @@ class Model:
                 )
         try:
             vectors = self.encode([("Say hello.", "Hello"), ("", "")])
-            self.head(np.zeros_like(vectors), [[0.0] * self.features] * 2, "")
-            self.head(vectors[:1], [[0.0] * self.features], "")
+            rows = np.zeros((2, self.features), dtype=np.float32)
+            self.head(np.zeros_like(vectors), rows, ["", ""])
+            self.head(vectors[:1], rows[:1], [""])
         except ModelError as error:
             raise ConfigError(f"{self.folder}: does not run: {str(error)[:300]}") from None
 

@@ -79,6 +79,22 @@ async def test_nobody_waits_for_the_encoder(folder: Path) -> None:
     predictor.close()
 
 
+async def test_several_at_once_are_told_what_each_would_be_told(folder: Path) -> None:
+    one, together = once(folder), once(folder)
+    for predictor in (one, together):
+        await predictor.refine([view("long long tale", job="0"), view("short", job="1")])
+    for at in (0, 50, 100):
+        views = [view(("long long tale", "short", "unknown")[n % 3], at, job=f"{n}") for n in range(7)]
+        said = together.instants(views)
+        assert [sure(each).remaining for each in said] == pytest.approx(
+            [sure(one.instant(each)).remaining for each in views], rel=1e-5
+        )
+        assert [sure(each).source for each in said] == ["bge", "bge", "bge-instant"] * 2 + ["bge"]
+    assert together.instants([]) == []
+    one.close()
+    together.close()
+
+
 async def test_a_prompt_is_encoded_once_however_many_ask(folder: Path) -> None:
     predictor = once(folder, cached_prompts=2)
     held = Held(predictor)
@@ -190,8 +206,11 @@ async def test_korean_is_counted_in_the_engines_tokens(folder: Path) -> None:
     assert predictor.units.ratio("m", "hangul") == pytest.approx(0.5, rel=0.1)
     assert predictor.units.ratio("m", "latin") == pytest.approx(1.0, rel=0.1)
     # The same shipped prediction, of e^5 training tokens, is half as many of the engine's where the answer is Korean.
-    half = predictor._sight(View("k", "m", "0.5", "hello", korean * 4, 50, None), None)
-    full = predictor._sight(View("e", "m", "1.0", "hello", english * 4, 50, None), None)
+    views = [
+        View("k", "m", "0.5", "hello", korean * 4, 50, None),
+        View("e", "m", "1.0", "hello", english * 4, 50, None),
+    ]
+    half, full = predictor._sights(views, [predictor._trace(each) for each in views], [None, None])
     assert half.shipped is not None
     assert full.shipped is not None
     assert np.exp(half.shipped - full.shipped) == pytest.approx(0.5, rel=0.15)

@@ -26,6 +26,31 @@ def test_every_text_gives_finite_small_numbers_in_the_same_order(prompt: str, an
     assert values == f.features(prompt, answer, attained)
 
 
+_PIECES = (
+    "\n", "\n\n", "\n\n\n", " ", "**", "*", "```", "`", "{", "}", "1.", "2)", "3", "- ", "* ", "# ", "**Bold**:\n",
+    "**B**\n", "word", "\t", "12.", "overall, ", "한",
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.lists(st.sampled_from(_PIECES), max_size=10).map("".join), max_size=10), st.sampled_from(_PIECES))
+def test_a_growing_answer_is_read_as_one_that_was_there_at_once(grown: list[str], other: str) -> None:
+    reading, answer = f.Reading("five tips in 300 words"), ""
+    for more in grown:
+        answer += more
+        assert reading(answer, len(answer)) == f.features("five tips in 300 words", answer, len(answer))
+    # Not what it was: counted from the beginning.
+    assert reading(other * 30, 9) == f.features("five tips in 300 words", other * 30, 9)
+
+
+def test_of_a_very_long_answer_the_beginning_is_counted_and_the_end_looked_at() -> None:
+    answer = "1. **x** {\n- y y\n\n" * 3000
+    reading = f.Reading("p")
+    for size in (10, 5000, 16_383, 16_384, 16_385, 30_000, len(answer)):
+        assert reading(answer[:size], size) == f.features("p", answer[:size], size)
+    assert of("p", answer)["bullets"] < math.log1p(1000)
+
+
 def test_lone_surrogates_are_text_too() -> None:
     assert of("\ud800", "\udfff")["chars"] > 0
 
