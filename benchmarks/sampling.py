@@ -31,7 +31,9 @@ from tests.engine.gateway import gateway
 
 PROMPT = "The best thing about travelling by train is"
 POSITIONS = (2, 4)
-TOKENS = 6
+TOKENS = 5
+SLOTS = 16
+"""Answers at once: their draws are their own, whatever the batch."""
 CATEGORIES = 8
 ALPHA = 0.05
 
@@ -40,7 +42,7 @@ async def sample(url: str, answers: int, temperature: float = 1.0) -> list[list[
     """Token ids of so many answers."""
     body = {"model": MODEL, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": temperature}
     body |= {"return_token_ids": True, "ignore_eos": True}
-    gate = asyncio.Semaphore(4)
+    gate = asyncio.Semaphore(SLOTS)
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
 
         async def one() -> list[int]:
@@ -118,12 +120,14 @@ def main(answers: int, url: str | None, output: Path | None) -> None:
     """Sample, test, store."""
     with ExitStack() as stack:
         if url is None:
-            url = stack.enter_context(vllm_engine.vllm(slots=4, say=click.echo))
+            url = stack.enter_context(vllm_engine.vllm(slots=SLOTS, say=click.echo))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         scheduler = {"mode": "fixed", "window": 2, "seam_cost": 0, "aging": "none"}
-        upstream = {"url": url, "slots": 4, "engine_priority": "off"}
+        upstream = {"url": url, "slots": SLOTS, "engine_priority": "off"}
         gate = stack.enter_context(gateway(folder, [upstream], scheduler=scheduler))
+        start = time.monotonic()
         sliced = asyncio.run(sample(gate.url, answers))
+        click.echo(f"{answers} answers in windows: {time.monotonic() - start:.0f} s")
         direct = asyncio.run(sample(url, answers))
         warm = asyncio.run(sample(url, answers, 1.3))
         slices = gate.metric("elis_slices_total")

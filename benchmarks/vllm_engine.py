@@ -12,6 +12,7 @@ Everything lives in ``$ELIS_CACHE``, or ``~/.cache/elis-gateway``: about 3.5 GB 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -26,7 +27,7 @@ import click
 
 from loadtest.engines import Child, EngineFailed, die_with_parent, free_port, wait_ready
 
-__all__ = ["MODEL", "cache", "missing", "setup", "vllm", "vllm_child"]
+__all__ = ["MODEL", "cache", "marked", "missing", "setup", "vllm", "vllm_child"]
 
 VERSION = "0.32.0"
 MODEL = "smollm2"
@@ -99,6 +100,32 @@ def _python() -> Path:
 
 def _model() -> Path:
     return cache() / "smollm2-135m-instruct"
+
+
+MARKS = {"<repo_name>": "<think>", "<reponame>": "</think>", "<file_sep>": "<tool_call>", "<filename>": "</tool_call>"}
+"""Tokens the model never learned a use for, and what they are called for an engine with parsers."""
+
+
+def marked(folder: Path) -> list[str]:
+    """Flags to serve the same weights with a tokenizer that knows the marks of thoughts and tool calls.
+
+    ``chat_template_kwargs: {"open": true}`` lets the prompt end with an open thought, as many reasoning models' does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in _model().iterdir():
+        shutil.copyfile(file, folder / file.name) if file.suffix != ".safetensors" else None
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    (folder / "model.safetensors").symlink_to(_model() / "model.safetensors")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    for token in tokenizer["added_tokens"]:
+        if token["content"] in MARKS:
+            token["content"], token["special"] = MARKS[token["content"]], False  # as Qwen's are
+    vocabulary = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {MARKS.get(token, token): number for token, number in vocabulary.items()}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if open %}{{ '<think>\n' }}{% endif %}")
+    return ["--model", str(folder)]
 
 
 def missing() -> str | None:

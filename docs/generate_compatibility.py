@@ -20,6 +20,7 @@ FIELDS = json.loads((ROOT / "tests" / "wire" / "vllm_0_32_parameters.json").read
 
 COLUMNS: tuple[tuple[str, bool, Way], ...] = (
     ("vLLM chat", True, Way.CHAT_IDS),
+    ("reasoning chat", True, Way.THOUGHTS),
     ("vLLM completions", False, Way.CHAT_IDS),
     ("llama.cpp", True, Way.LLAMA),
     ("by text", False, Way.TEXT),
@@ -61,8 +62,33 @@ What works against the engine works against the gateway. Each parameter has one 
 NOTES = """
 *vLLM*: upstreams that return token ids and take them as a prompt (0.32 and most versions before it). Log-probabilities
 of chats are sliced where ids are taken as a chat's prompt too, which the gateway finds out by asking (0.32); elsewhere
-they are one call. *llama.cpp*: its server, by ids and texts mixed. *by text*: `continuation: text`, for servers that
-the operator trusts to continue a text; never chosen by itself.
+they are one call. *reasoning chat*: a streamed chat of a vLLM (0.32) with a reasoning parser. *llama.cpp*: its server,
+by ids and texts mixed. *by text*: `continuation: text`, for servers that the operator trusts to continue a text; never
+chosen by itself.
+
+Any other server (SGLang, TGI, Ollama, hosted models) that neither tells token ids nor is trusted with text gets each
+request as its client wrote it, in one call. `tests/gateway/test_other_engines.py` holds what is known of their habits.
+
+## Parsers
+
+A vLLM with `--reasoning-parser` or `--tool-call-parser` takes chats' answers apart. The gateway sees that by asking
+(tools are refused without a tool parser; usage counts reasoning tokens only with a reasoning parser) and then continues
+chats on the chat route, with the ids so far as the prompt, so that the engine parses every part.
+
+- **Thoughts**: vLLM's parsers tell from the prompt whether an answer still thinks. Whether this one does is asked too
+  (a prompt that ends inside a thought, one that ends after it); if not, chats are one call. Cut at every token and at
+  random, streams of 28 of vLLM 0.32's reasoning parsers were those of one call in all of 8,852 comparisons; those of
+  three were not (`inkling`, `minimax_m2_append_think`, `olmo3`), which the probe refuses; seven could not be made for
+  the tokenizer used (`benchmarks/parser_seams.py`, `benchmarks/results/parser-seams.json`; the parsers alone, without a
+  model). What a parser holds back at a seam, such as a blank or the beginning of a mark, is worked out from the tokens
+  and put in front of what follows. One call remain: whole documents (their parser may cut blanks otherwise),
+  usage (`reasoning_tokens` are counted over the tokens of one call), stop strings, log-probabilities, hidden reasoning.
+- **Tools** that are not offered, or not to be called: sliced, parser or not.
+- **Tools that may be called**: one call. A parser's state in the middle of a call cannot be had or set.
+  `--enable-scale-out` offers render, generate and derender; asked on a real engine, derender left the end token in the
+  text (`<|im_end|>`) where the chat route does not, and told no reasoning tokens: its documents are not the engine's.
+- **Structured outputs**: one call. Grammars advance over the tokens of one call; neither the OpenAI routes nor
+  `/inference/v1/generate` take tokens that were generated before, and a grammar begins anew with every call.
 
 ## Other routes
 
@@ -118,11 +144,13 @@ tokens aside, log-probabilities within 0.002. Answers of 10 tokens, on a machine
 def fate(row: Parameter, chat: bool, way: Way) -> str:
     body: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
     body |= {"model": "m", row.name: VALUES.get(row.name, "x")} | BESIDE.get(row.name, {})
+    if way is Way.THOUGHTS:
+        body.setdefault("stream", True)
     if not chat:
         body.pop("tool_choice", None)
         if "logprobs" in body:
             body["logprobs"] = 2
-    if way is not Way.TEXT:
+    if way not in (Way.TEXT, Way.LLAMA):
         body.pop("n", None)  # split into jobs before anything else is asked (wire/several.py)
     return "one call" if unsliceable(body, chat, way) else "sliced"
 

@@ -193,8 +193,9 @@ class Upstream(Section):
     continuation: Literal["auto", "ids", "text", "off"] = "auto"
     """How a sliced answer goes on: by token ids, by text, or not at all (one call per request). auto: ids
     where the upstream returns them, otherwise off."""
-    chat_parser: bool = False
-    """The engine runs with a reasoning or tool parser: chat requests are then one unsliced call each."""
+    chat_parser: Literal["auto"] | bool = "auto"
+    """Whether the engine parses chats' answers (vLLM: --reasoning-parser, --tool-call-parser). auto: settled by a probe
+    of its behaviour, and sliced where that is exact; true: chats are one unsliced call each; false: it does not."""
     context: Tokens | None = None
     """The engine's context length, prompt and answer together. Default: asked of /v1/models where it says so.
     """

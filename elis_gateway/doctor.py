@@ -539,8 +539,6 @@ def snippet(found: list[Findings]) -> str:
         lines.append(f"    slots: {max(slots, 1)}{comment}")
         if one.capabilities.engines > 1:
             lines.append(f"    data_parallel_size: {one.capabilities.engines} # slots are each rank's; ask for one's")
-        if one.reasoning.startswith("yes") or one.tools.startswith("yes"):
-            lines.append("    chat_parser: true")
         if one.capabilities.orders:
             lines.append("    overcommit: 2 # it orders its own queue by priority")
     return "\n".join(lines) + "\n"

@@ -20,7 +20,8 @@ from elis_gateway.flight import Flight, Observer
 from elis_gateway.party import Party
 from elis_gateway.upstream.base import Capabilities
 from elis_gateway.wire.continuation import Answer, Lore, Mode
-from elis_gateway.wire.openai import Request, Route
+from elis_gateway.wire.openai import Request
+from elis_gateway.wire.parameters import Way
 from elis_gateway.wire.several import split
 
 __all__ = ["Intake", "ModelDirectory"]
@@ -89,10 +90,16 @@ class Intake(Observer):
         self, request: Request, size: int, headers: Mapping[str, str], grant: Grant | None = None
     ) -> Flight | Party:
         """The job, or the jobs, of one request. Raises as ``flight`` does."""
-        parts = [self.flight(part, len(part.raw), headers, grant) for part in split(request)]
+        parts = [self.flight(part, len(part.raw), headers, grant) for part in self._split(request)]
         if parts and all(part.answer.mode is Mode.IDS for part in parts):
             return Party(request, parts, self._describe if parts[0].describe is not None else None)
         return self.flight(request, size, headers, grant)
+
+    def _split(self, request: Request) -> list[Request]:
+        """llama.cpp counts the usage of several choices as one's, so that its sum is not ours to make."""
+        parts = split(request)
+        model = self.aliases.get(request.model, request.model)
+        return [] if parts and self._directory.capabilities(model).kind == "llama.cpp" else parts
 
     def flight(self, request: Request, size: int, headers: Mapping[str, str], grant: Grant | None = None) -> Flight:
         """A job ready to be submitted. ``size``: bytes of the request's body; ``grant``: whose request it is.
@@ -151,14 +158,14 @@ class Intake(Observer):
             model=model,
             lore=lore,
             engine=able.kind,
-            chat_ids=able.chat_ids,
+            way=_way(request, able),
         )
 
     def finished(self, flight: Flight) -> None:
         """The next turn of this conversation will begin with what we saw of it."""
         if not flight.answer.finished:
             return
-        key = flight.request.next_conversation_key(flight.answer.text)
+        key = flight.request.next_conversation_key(flight.answer.content)
         if key is None:
             return
         memory = self._conversations
@@ -223,13 +230,29 @@ def continuation(request: Request, able: Capabilities) -> tuple[Mode, str]:
     """
     if request.route.foreign:
         return Mode.WHOLE, request.route.value
-    if request.route is Route.CHAT and able.chat_parser:
+    if request.chat and (able.chat_parser or not _can_be_parsed(able)):
         return Mode.WHOLE, "chat_parser"
     if able.ids:
         return Mode.IDS, ""
     if able.text:
         return Mode.TEXT, ""
     return Mode.WHOLE, "no_token_ids"
+
+
+def _can_be_parsed(able: Capabilities) -> bool:
+    """Where the engine parses chats, can it parse them a call at a time?"""
+    if able.reasoning_parser:
+        return able.chat_ids and able.resumes_thoughts
+    return able.chat_ids or not able.tool_parser
+
+
+def _way(request: Request, able: Capabilities) -> Way:
+    """Of upstreams that tell token ids as vLLM does: the route on which an answer goes on, and who parses it."""
+    if request.chat and able.chat_ids and able.reasoning_parser:
+        return Way.THOUGHTS
+    if request.chat and able.chat_ids and able.tool_parser:
+        return Way.PARSED
+    return Way.CHAT_IDS if able.chat_ids else Way.IDS
 
 
 def _readable(header: str) -> str:

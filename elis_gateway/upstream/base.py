@@ -31,7 +31,13 @@ class Capabilities(NamedTuple):
     orders: bool = False
     """It orders its own waiting calls by the field ``priority`` (seen, not believed)."""
     chat_parser: bool = False
-    """Chat runs through a reasoning or tool parser, which a continuation would bypass."""
+    """The operator says that chat runs through a parser, and that it is to be left alone."""
+    reasoning_parser: bool = False
+    """Chat answers are parsed into thoughts and content."""
+    resumes_thoughts: bool = False
+    """And where a chat's prompt ends inside either, its answer is taken for more of the same."""
+    tool_parser: bool = False
+    """Chat answers are parsed into tool calls where tools are offered."""
     kind: str = "other"
     """``vllm``, ``llama.cpp`` or ``other``: for people and metrics, decides nothing."""
     most: int | None = None

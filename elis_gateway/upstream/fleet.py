@@ -12,7 +12,7 @@ from typing import Any
 
 from elis_gateway import config
 from elis_gateway.core.placement import UpstreamInfo
-from elis_gateway.errors import UpstreamError
+from elis_gateway.errors import UpstreamError, UpstreamRefused
 from elis_gateway.tasks import spawn
 from elis_gateway.upstream.auto_slots import AutoSlots, Look
 from elis_gateway.upstream.base import Capabilities
@@ -25,6 +25,7 @@ __all__ = ["Fleet", "in_place"]
 
 _log = logging.getLogger("elis_gateway.upstream")
 
+_HEALTH, _MODELS = "/health", "/v1/models"
 _LOAD_EVERY = 1.0
 """Longest time between two looks at an engine's load, where its slots follow from that."""
 _ASK_AGAIN = 5
@@ -59,6 +60,7 @@ class _Member:
         self._changed = changed
         self._nudge = asyncio.Event()
         self._capable = False
+        self._without_health = False
         self._ask_at = 0.0
         """When what it can do is asked again, where it was not settled."""
 
@@ -104,7 +106,7 @@ class _Member:
         was_up = self.health.up
         loop = asyncio.get_running_loop()
         try:
-            await self.upstream.get(self.settings.health.path)
+            await self._alive()
             if not self._capable and loop.time() >= self._ask_at:
                 # New, or back after an absence in which it may have become another: ask before it gets work.
                 # A queue of one call has no order.
@@ -150,6 +152,17 @@ class _Member:
                 self.upstream.id, auto.slots, before, seen.running, seen.waiting,
                 "an unknown share" if seen.kv is None else f"{seen.kv:.0%}",
             )  # fmt: skip
+
+    async def _alive(self) -> None:
+        """Raises ``UpstreamError`` where it is not. Ollama and hosted models have no /health: their models will do."""
+        path = self.settings.health.path
+        try:
+            await self.upstream.get(_MODELS if self._without_health else path)
+        except UpstreamRefused as error:
+            if error.status not in (404, 405) or path != _HEALTH or self._without_health:
+                raise
+            await self.upstream.get(_MODELS)
+            self._without_health = True
 
     def _forget(self) -> None:
         self._capable = False
@@ -385,7 +398,15 @@ def _as_before(found: Capabilities, before: Capabilities) -> Capabilities:
     if not before.models & found.models or ("other" not in (found.kind, before.kind) and found.kind != before.kind):
         return found
     kind = before.kind if found.kind == "other" else found.kind
-    return found._replace(ids=before.ids, orders=before.orders, kind=kind)
+    return found._replace(
+        ids=before.ids,
+        chat_ids=before.chat_ids,
+        reasoning_parser=before.reasoning_parser,
+        resumes_thoughts=before.resumes_thoughts,
+        tool_parser=before.tool_parser,
+        orders=before.orders,
+        kind=kind,
+    )
 
 
 def _least(able: list[Capabilities], model: str) -> Capabilities:
@@ -402,5 +423,8 @@ def _least(able: list[Capabilities], model: str) -> Capabilities:
         text=all(c.ids or c.text for c in able),
         orders=all(c.orders for c in able),
         chat_parser=any(c.chat_parser for c in able),
+        reasoning_parser=any(c.reasoning_parser for c in able),
+        resumes_thoughts=all(c.resumes_thoughts for c in able),
+        tool_parser=any(c.tool_parser for c in able),
         kind=able[0].kind,
     )

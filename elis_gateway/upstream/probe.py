@@ -1,8 +1,6 @@
 """What can this upstream do? Asked of its behaviour, never of its documentation or its version.
 
 Knows: which small calls tell what. Never: when to ask (that is the fleet's), what to do with the answer.
-
-A reasoning or tool parser cannot be seen from outside; the operator says so (``chat_parser``).
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from elis_gateway.errors import UpstreamError, UpstreamUnavailable
+from elis_gateway.errors import UpstreamError, UpstreamRefused, UpstreamUnavailable
 from elis_gateway.upstream.base import Capabilities
 from elis_gateway.upstream.gauges import engines_behind, most_at_once
 from elis_gateway.upstream.http import HttpSession, HttpUpstream
@@ -29,6 +27,11 @@ _COMPLETIONS = "/v1/completions"
 _CHAT = "/v1/chat/completions"
 _PATIENCE = 30.0
 """Longest wait for one probing call: the engine may be full of other people's work."""
+_MARKS = (
+    ("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"), ("<mm:think>", "</mm:think>"),
+)  # fmt: skip
+"""How models mark their thoughts."""
 _QUEUED = 0.1
 """Seconds after which a call surely stands in the engine's queue."""
 
@@ -41,16 +44,20 @@ async def probe(upstream: HttpUpstream, *, orders: bool = False) -> Capabilities
         UpstreamError: it does not answer, or refuses to list its models.
     """
     settings = upstream.settings
-    listed = _models(await upstream.get("/v1/models"))
+    listed = await _listed(upstream)
     models = frozenset(settings.models) or frozenset(listed)
     context = {name: length for name in models if (length := settings.context or listed.get(name))}
     model = min(models, default=None)
     kind = await _kind(upstream)
     ids, chat_ids, settled = settings.continuation == "ids", False, True
+    thinks = resumes = calls = False
     if settings.continuation == "auto" and model is not None:
         try:
             ids = await (_shows_ids if kind == LLAMA_CPP else _returns_ids)(upstream, model)
             chat_ids = ids and kind == VLLM and await _takes_ids_in_chats(upstream, model)
+            if ids and kind == VLLM and settings.chat_parser == "auto":
+                thinks, calls = await _parses(upstream, model)
+                resumes = thinks and chat_ids and await _resumes_thoughts(upstream, model)
         except (UpstreamError, TimeoutError) as error:
             # Not a no: an engine that was busy for a moment must not go unsliced until it is restarted.
             _log.info("upstream %s: whether it returns token ids is not known yet: %s", upstream.id, error)
@@ -67,12 +74,25 @@ async def probe(upstream: HttpUpstream, *, orders: bool = False) -> Capabilities
         chat_ids=chat_ids,
         text=settings.continuation == "text",
         orders=ordering,
-        chat_parser=settings.chat_parser,
+        chat_parser=settings.chat_parser is True,
+        reasoning_parser=thinks,
+        resumes_thoughts=resumes,
+        tool_parser=calls,
         kind=kind,
         most=most,
         engines=await engines_behind(upstream) if settings.data_parallel_rank is None else 1,
         settled=settled,
     )
+
+
+async def _listed(upstream: HttpUpstream) -> dict[str, int | None]:
+    """What it lists; where it has no such route, nothing, if the operator said what it serves."""
+    try:
+        return _models(await upstream.get("/v1/models"))
+    except UpstreamRefused as error:
+        if error.status in (404, 405) and upstream.settings.models:
+            return {}
+        raise
 
 
 def _models(body: bytes) -> dict[str, int | None]:
@@ -116,6 +136,70 @@ async def _takes_ids_in_chats(upstream: HttpUpstream, model: str) -> bool:
     }  # fmt: skip
     answer = await _ask(upstream, Call(_CHAT, orjson.dumps(body), False))
     return bool(given) and isinstance(answer, dict) and answer.get("prompt_token_ids") == given
+
+
+async def _parses(upstream: HttpUpstream, model: str) -> tuple[bool, bool]:
+    """Are chats' answers parsed into thoughts, and into tool calls?
+
+    vLLM refuses tools it could not parse, and counts reasoning tokens only where a parser finds them.
+    """
+    body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    answer = await _ask(upstream, Call(_CHAT, orjson.dumps(body | {"tools": [tool]}), False))
+    calls = answer is not None
+    if not calls:
+        answer = await _ask(upstream, Call(_CHAT, orjson.dumps(body), False))
+    usage = answer.get("usage") if isinstance(answer, dict) else None
+    details = usage.get("completion_tokens_details") if isinstance(usage, dict) else None
+    return isinstance(details, dict) and details.get("reasoning_tokens") is not None, calls
+
+
+async def _resumes_thoughts(upstream: HttpUpstream, model: str) -> bool:
+    """Prompts that end inside a thought, and after one: is what follows shown as more of it, and as content?
+
+    With marks that the model's tokenizer knows as tokens. A parser that does not look at the prompt, or that looks for
+    marks in the text alone, takes one for the other.
+    """
+    prompt = _ids(await _complete(upstream, model, "Hello", return_token_ids=True))[0]
+    for opening, closing in _MARKS:
+        marks = [await _tokens(upstream, model, mark) for mark in (opening, closing)]
+        if any(len(mark) != 1 for mark in marks):
+            continue
+        thought = await _tokens(upstream, model, "\nOkay, so the")
+        thinking = [*prompt, *marks[0], *thought]
+        after = [*thinking, *marks[1], *thought]
+        return await _fields(upstream, model, thinking) == {"reasoning"} and await _fields(upstream, model, after) == {
+            "content"
+        }
+    return False
+
+
+async def _tokens(upstream: HttpUpstream, model: str, text: str) -> list[int]:
+    body = {"model": model, "prompt": text, "add_special_tokens": False}
+    async with asyncio.timeout(_PATIENCE), upstream.open(_tokenize(body), request_id="probe") as session:
+        return _list(_json(await session.whole()), "tokens")
+
+
+def _tokenize(body: dict[str, Any]) -> Call:
+    return Call("/tokenize", orjson.dumps(body), False)
+
+
+async def _fields(upstream: HttpUpstream, model: str, prompt: list[int]) -> set[str]:
+    """Where the text of a few tokens after these comes."""
+    body = {
+        "model": model, "messages": [{"role": "user", "content": ""}], "max_tokens": 4, "temperature": 0,
+        "ignore_eos": True, "stream": True, "kv_transfer_params": {"prompt_token_ids": prompt},
+    }  # fmt: skip
+    seen: set[str] = set()
+    async with (
+        asyncio.timeout(_PATIENCE),
+        upstream.open(Call(_CHAT, orjson.dumps(body), True), request_id="probe") as session,
+    ):
+        async for payloads in session:
+            for payload in payloads:
+                for choice in _list(_json(payload), "choices"):
+                    seen |= {name for name in ("reasoning", "content") if (choice.get("delta") or {}).get(name)}
+    return seen
 
 
 async def _shows_ids(upstream: HttpUpstream, model: str) -> bool:

@@ -72,10 +72,10 @@ def by_ids(
     """Go on after ``prompt`` (the prompt's and the answer's token ids, of which ``attained`` are the answer's).
 
     ``said``: the answer's own, which penalties count. A chat goes on as a chat where the client wants to see
-    log-probabilities, whose form differs, and as a completion everywhere else.
+    log-probabilities, whose form differs, or where the engine parses it, and as a completion everywhere else.
     """
     body = _ours(carried(request.body, way), model, priority)
-    chat = way is Way.CHAT_IDS and request.logprobs and request.chat
+    chat = request.chat and (way in (Way.PARSED, Way.THOUGHTS) or (way is Way.CHAT_IDS and request.logprobs))
     if request.chat and not chat:
         body.pop("logprobs", None)
         body.pop("top_logprobs", None)

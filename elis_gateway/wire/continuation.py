@@ -61,11 +61,11 @@ class Answer(Reading):
         default_limit: int | None = None,
         lore: Lore | None = None,
         engine: str = "vllm",
-        chat_ids: bool = False,
+        way: Way = Way.IDS,
     ) -> None:
         """``context``: the engine's context length in tokens, where known. ``default_limit``: its own ``max_tokens``
-        for a chat that names none. ``engine``: ``llama.cpp`` for its dialect, anything else for vLLM's. ``chat_ids``:
-        it takes token ids as a chat's prompt too."""
+        for a chat that names none. ``engine``: ``llama.cpp`` for its dialect, anything else for vLLM's, and
+        ``way`` how that goes on."""
         self.request = request
         self.mode = mode
         self.reason = reason
@@ -87,7 +87,7 @@ class Answer(Reading):
         self._dialect: Dialect = (
             ByText(request) if mode is Mode.TEXT
             else LlamaCpp(request) if engine == "llama.cpp"
-            else ById(request, self._lore, Way.CHAT_IDS if chat_ids else Way.IDS)
+            else ById(request, self._lore, way)
         )  # fmt: skip
         self._implied = request.max_tokens
         """Tokens the engine would stop at by itself, as far as the request says."""
@@ -107,6 +107,10 @@ class Answer(Reading):
         self._grow = 0
         """The next call asks for at least so many tokens, because the last one kept none."""
         self._careful = 0
+        self._parsed = self._dialect.way in (Way.PARSED, Way.THOUGHTS)
+        self._thinks = self._dialect.way is Way.THOUGHTS
+        self._thinking = self._ends_thinking = False
+        self._thought = self._thoughts = 0
         self._begin(None)
         if mode is Mode.WHOLE:
             return
@@ -121,6 +125,11 @@ class Answer(Reading):
     def text(self) -> str:
         """The answer so far."""
         return "".join(self._stream.text) if self.mode is Mode.WHOLE and not self._whole else self._ledger.text
+
+    @property
+    def content(self) -> str:
+        """The answer so far without the thoughts before it: what a client sends back in a next turn."""
+        return self.text[self._thoughts :]
 
     # -- asking ---------------------------------------------------------------------------------------------------
 
@@ -138,6 +147,8 @@ class Answer(Reading):
         asked = None if slice_limit is None else max(slice_limit, self._grow)
         if self.attained < self._careful:
             asked = max(self._grow, 1)
+        if asked is not None and self._parsed:
+            asked += 1  # what a parser makes of a window's end would be ours: the last token is not kept
         if remaining is not None and (asked is None or asked > remaining):
             asked = remaining
         self._begin(asked)
@@ -151,7 +162,7 @@ class Answer(Reading):
             return inquiry
         self._start = self.attained = ledger.count
         self._first = not (self._dialect.known_prompt or ledger.text)
-        self._same = self._first or not request.chat or self.mode is Mode.TEXT or request.logprobs
+        self._same = self._first or not request.chat or self.mode is Mode.TEXT or request.logprobs or self._parsed
         self._unary = remaining is not None and asked == remaining and self._may_be_unary(remaining, window)
         if not self._first:
             tokens, text = ledger.tokens, ledger.text
@@ -182,7 +193,7 @@ class Answer(Reading):
         self._first = self._same = True
         self._opened = self._seam = self._retry = self._restart = self._unary = self._ours = self._plain = (
             self._inquiring
-        ) = False
+        ) = self._paid = False
 
     def refused(self, status: int, body: bytes) -> bool:
         """The call was answered with an error status. True: what was refused was ours, not the client's.
@@ -204,7 +215,8 @@ class Answer(Reading):
     def _go_whole(self, reason: str) -> None:
         self.mode = Mode.WHOLE
         self.reason = reason
-        self.attained = 0
+        self.attained = self._thoughts = 0
+        self._thinking = False
         self._ledger.reset()
         self._preamble = b""
         self._echo = ""
@@ -221,6 +233,7 @@ class Answer(Reading):
         if self.mode is Mode.WHOLE:
             return self._end_whole(how)
         dropped = self._ledger.drop()
+        self._thought = 0
         if self._inquiring and how == "finished":
             return SliceEnd.WINDOW
         if self.limit is not None and self._ledger.count >= self.limit and not self._restart:

@@ -20,6 +20,8 @@ __all__ = ["Boundary", "ById", "ByText", "Delta", "Dialect", "Lore", "Mode"]
 
 _REPLACEMENT = "�"
 """An incomplete character, decoded all the same."""
+_TAILS = 4
+"""Tokens of which a parser may hold back the text at once."""
 _LONGEST = 8
 """Tokens that surely hold the bytes of one character (at most four), whatever begins before them."""
 
@@ -50,11 +52,13 @@ class Boundary(Enum):
 class Lore:
     """What answers of one model teach the later ones. Shared by reference; grows to at most the vocabulary."""
 
-    __slots__ = ("can_detokenize", "closed", "documents", "fingerprint")
+    __slots__ = ("can_detokenize", "closed", "documents", "fingerprint", "texts")
 
     def __init__(self) -> None:
         self.closed: set[int] = set()
         """Token ids that are whole characters by themselves: text is complete after them."""
+        self.texts: dict[int, str] = {}
+        """What some tokens are by themselves, where an engine's parser shows less."""
         self.can_detokenize = True
         """Not refused yet."""
         self.documents: dict[Route, dict[str, Any]] = {}
@@ -141,6 +145,10 @@ class Dialect(Protocol):
     def undress(self, chunk: dict[str, Any], choice: dict[str, Any], last: bool) -> None:
         """Take what only we asked for out of a chunk; ``last``: the answer ends with it."""
 
+    @property
+    def owed(self) -> str:
+        """The end of the kept tokens' text, where a parser held it back when its call was closed."""
+
 
 class ById:
     """vLLM: ``return_token_ids``, and completions that take ids as a prompt."""
@@ -154,7 +162,9 @@ class ById:
     usage_rides = False
     completions_default = calls.COMPLETIONS_DEFAULT
 
-    __slots__ = ("_alone", "_asked", "_lore", "_request", "prompt_ids", "way")
+    __slots__ = (
+        "_alone", "_asked", "_compared", "_lore", "_request", "_settled", "_tails", "owed", "prompt_ids", "way",
+    )  # fmt: skip
 
     def __init__(self, request: Request, lore: Lore, way: Way = Way.IDS) -> None:
         self._request = request
@@ -162,6 +172,10 @@ class ById:
         self._lore = lore
         self._alone = False
         self._asked: int | str | None = None
+        self._compared = 0
+        self._settled = True
+        self._tails: list[str] = []
+        self.owed = ""
         self.prompt_ids: list[int] = []
 
     @property
@@ -210,6 +224,8 @@ class ById:
         if not text or not tokens or text[-1] == _REPLACEMENT:
             return Boundary.NONE
         last = tokens[-1]
+        if not fresh and self.way in (Way.PARSED, Way.THOUGHTS):
+            return Boundary.UNSURE  # the text may be what a parser held back of the tokens before
         if len(tokens) > 1:
             return Boundary.SURE if last in self._lore.closed else Boundary.UNSURE
         if fresh and isinstance(last, int):
@@ -220,7 +236,7 @@ class ById:
         """First the last token alone, which teaches something for good; then the end of the text as it stands."""
         tokens = ledger.tokens
         if not ledger.unsure:
-            return None
+            return self._compare(model, ledger) if self.way in (Way.PARSED, Way.THOUGHTS) and tokens else None
         if not self._lore.can_detokenize:
             ledger.unsure = 0  # as nearly all such deltas end
             return None
@@ -234,7 +250,11 @@ class ById:
             return
         text = str(document["prompt"])
         last = ledger.tokens[-1]
-        if not self._alone:
+        if not ledger.unsure:
+            self._tails.append(text)
+            if len(self._tails) == 1 and isinstance(last, int):
+                self._lore.texts[last] = text
+        elif not self._alone:
             self._asked = None
             if text.endswith(_REPLACEMENT):
                 ledger.unkeep()
@@ -244,8 +264,40 @@ class ById:
             self._lore.closed.add(last)
             ledger.unsure = 0
 
+    def _compare(self, model: str, ledger: Ledger) -> Call | None:
+        """Has the engine's parser shown all of the last tokens, or does it hold their end back?
+
+        Of as many as it takes to find one that was shown whole; ``_tails`` are the texts of the last one, two, three.
+        """
+        tokens = ledger.tokens
+        if self._compared != len(tokens):
+            self._compared, self.owed = len(tokens), ""
+            known = self._lore.texts.get(tokens[-1])  # type: ignore[arg-type]
+            self._tails = [] if known is None else [known]
+            self._settled = False
+        if self._settled:
+            return None
+        if tails := self._tails:
+            whole = len(tails[-1]) - (len(tails[-2]) if len(tails) > 1 else 0)
+            shown = _shown(tails[-1], ledger.text)
+            self._settled = shown >= whole and _REPLACEMENT not in tails[-1]
+            if self._settled:
+                self.owed = tails[-1][shown:]
+                return None
+        if len(tails) < min(_TAILS, len(tokens)) and self._lore.can_detokenize:
+            return calls.detokenize(model, tokens[-len(tails) - 1 :])
+        self._settled = True
+        if tails and (shown := _shown(tails[0], ledger.text)) and _REPLACEMENT not in tails[0]:
+            self.owed = tails[0][shown:]  # marks stand before it, which are never shown
+        return None
+
     def undress(self, chunk: dict[str, Any], choice: dict[str, Any], last: bool) -> None:
         """Nothing: ids are hidden where chunks are rendered."""
+
+
+def _shown(raw: str, text: str) -> int:
+    """Characters of ``raw`` with which ``text`` ends."""
+    return next((n for n in range(len(raw), 0, -1) if text.endswith(raw[:n])), 0)
 
 
 class ByText:
@@ -263,6 +315,7 @@ class ByText:
     prompt_ids: Sequence[int] = ()
 
     known_prompt = False
+    owed = ""
 
     __slots__ = ("_counted", "_request")
 

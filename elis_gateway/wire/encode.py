@@ -176,6 +176,7 @@ class Encoder:
         if self._chunk is None and self._chat and choice.get("finish_reason") is None:
             self._chunk, self._choice = self._copy(chunk, choice)
             self._chunk.update(id=self.id, created=self.created, model=self.model)
+            self._choice["delta"] = {"content": ""}
             if not self._wants_ids and "token_ids" in self._choice:
                 self._choice["token_ids"] = None
 

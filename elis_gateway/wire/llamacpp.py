@@ -39,6 +39,7 @@ class LlamaCpp:
     recounts = False
     names_stop = False
     known_prompt = False
+    owed = ""
     completions_default = None
     prompt_ids: Sequence[int] = ()
 

@@ -23,6 +23,10 @@ class Way(Enum):
     """vLLM: by token ids, on the completions route."""
     CHAT_IDS = "chat ids"
     """vLLM: by token ids, chats on the chat route too."""
+    PARSED = "parsed"
+    """The same with a tool parser: chats on the chat route alone, so that the engine parses all of them."""
+    THOUGHTS = "thoughts"
+    """The same with a reasoning parser, which tells from the prompt whether the answer still thinks."""
     LLAMA = "llama.cpp"
     """llama.cpp: by token ids and texts mixed."""
     TEXT = "text"
@@ -94,7 +98,9 @@ PARAMETERS: dict[str, Parameter] = {
         # what is asked
         Parameter("model", Kind.OURS, "an alias is translated both ways"),
         Parameter("messages", Kind.PROMPT, "text; with an image, audio or other part: one call"),
-        Parameter("prompt", Kind.PROMPT, "text or token ids; of a list, each is a job of its own"),
+        Parameter(
+            "prompt", Kind.PROMPT, "text or token ids; of a list, each is a job of its own (llama.cpp: one call)"
+        ),
         Parameter("suffix", Kind.ALONE, "models that fill in the middle see it once", _empty, "empty"),
         Parameter("prompt_embeds", Kind.ALONE, "there are no ids to continue from"),
         Parameter("documents", Kind.PROMPT, ""),
@@ -135,7 +141,11 @@ PARAMETERS: dict[str, Parameter] = {
         Parameter("logits_processors", Kind.ALONE, "may count the tokens of one call", _empty, "empty"),
         Parameter("vllm_xargs", Kind.ALONE, "for extensions we do not know", _empty, "empty"),
         Parameter(
-            "n", Kind.ALONE, "choices differ: each is a job of its own, where ids are told (up to 64)", _one, "1"
+            "n",
+            Kind.ALONE,
+            "choices differ: each is a job of its own, where ids are told (up to 64; not on llama.cpp)",
+            _one,
+            "1",
         ),
         Parameter("best_of", Kind.ALONE, "compares whole answers", _one, "1"),
         Parameter("use_beam_search", Kind.ALONE, "compares whole answers", _false, "false"),
@@ -148,12 +158,12 @@ PARAMETERS: dict[str, Parameter] = {
         Parameter("guided_regex", Kind.ALONE, _GRAMMAR),
         Parameter("guided_choice", Kind.ALONE, _GRAMMAR),
         Parameter("guided_grammar", Kind.ALONE, _GRAMMAR),
-        Parameter("tools", Kind.PROMPT, "with tool_choice none; else one call"),
+        Parameter("tools", Kind.PROMPT, "with tool_choice none; else one call (see Parsers)"),
         Parameter("tool_choice", Kind.ALONE, "a parser or a grammar follows the whole answer", _none_chosen, "none"),
         Parameter("functions", Kind.ALONE, "a parser follows the whole answer", _empty, "empty"),
         Parameter("function_call", Kind.ALONE, "a parser follows the whole answer", _none_chosen, "none"),
         Parameter("parallel_tool_calls", Kind.NOTHING, "chats with tools are one call"),
-        Parameter("include_reasoning", Kind.NOTHING, "chats with a reasoning parser are one call"),
+        Parameter("include_reasoning", Kind.NOTHING, "one call where it is false and a parser finds thoughts"),
         Parameter("skip_special_tokens", Kind.CARRIED, ""),
         Parameter("spaces_between_special_tokens", Kind.CARRIED, "not with special tokens shown"),
         # what is told beside the text
@@ -164,7 +174,7 @@ PARAMETERS: dict[str, Parameter] = {
         Parameter("top_logprobs", Kind.CARRIED, ""),
         Parameter("logprob_token_ids", Kind.CARRIED, ""),
         Parameter("return_tokens_as_token_ids", Kind.CARRIED, ""),
-        Parameter("return_token_ids", Kind.OURS, ""),
+        Parameter("return_token_ids", Kind.OURS, "not llama.cpp's, which tells none: one call there"),
         Parameter("prompt_logprobs", Kind.ALONE, "the first call alone could tell, and not as a stream"),
         Parameter("return_prompt_text", Kind.ALONE, "the first call alone could tell", _false, "false"),
         Parameter("return_token_offsets", Kind.NOTHING, _RENDER),
@@ -211,9 +221,18 @@ _NOT_BY_TEXT = frozenset({"truncate_prompt_tokens", "continue_final_message"})
 """What would be done to the answer too, where it is sent back as a part of the prompt."""
 
 
+_PARSER_CARRIED = frozenset({"chat_template_kwargs", "reasoning_effort", "tools", "tool_choice"})
+"""What a parser is made with, beside what acts on every token."""
+
+_BY_CHAT = frozenset({Way.CHAT_IDS, Way.PARSED, Way.THOUGHTS})
+_BY_IDS = _BY_CHAT | {Way.IDS}
+
+
 def carried(body: Mapping[str, Any], way: Way) -> dict[str, Any]:
     """What of a request goes into each of its continuations."""
     more = _LLAMA_CARRIED if way is Way.LLAMA else frozenset[str]()
+    if way in (Way.PARSED, Way.THOUGHTS):
+        more = _PARSER_CARRIED
     return {name: value for name, value in body.items() if value is not None and (name in CARRIED or name in more)}
 
 
@@ -240,7 +259,21 @@ def unsliceable(body: Mapping[str, Any], chat: bool, way: Way) -> str | None:
         or _draws(body, way)
         or _told(body, chat, way)
         or (_chat(body) if chat else _prompt(body.get("prompt")) or _echo(body, way))
+        or (_thoughts(body) if way is Way.THOUGHTS else None)
     )
+
+
+def _thoughts(body: Mapping[str, Any]) -> str | None:
+    """What of an answer that is thoughts first and content after would not be the engine's own."""
+    if not body.get("stream"):
+        return "reasoning of a whole document"  # its parser may cut blanks otherwise than the one for streams
+    if body.get("include_reasoning") is False:
+        return "include_reasoning"  # no token is told while thoughts are hidden
+    if (body.get("stream_options") or {}).get("include_usage"):
+        return "usage of reasoning tokens"  # counted by the parser over the tokens of one call
+    if body.get("skip_special_tokens") is False:
+        return "skip_special_tokens"
+    return next((name for name in ("logprobs", "return_token_ids", "stop") if body.get(name)), None)
 
 
 def _least(body: Mapping[str, Any], chat: bool) -> float:
@@ -313,14 +346,16 @@ def _told(body: Mapping[str, Any], chat: bool, way: Way) -> str | None:
     options = body.get("stream_options")
     if options is not None and (not isinstance(options, dict) or (options and not body.get("stream"))):
         return "stream_options"
+    if body.get("return_token_ids") and way is Way.LLAMA:
+        return "return_token_ids"  # not its own, so it tells none
     asked = [name for name in _LOGPROBS if body.get(name) is not None and not _zero(body[name])]
     if chat:
         if not asked:
             return None
-        return None if way is Way.CHAT_IDS and body.get("logprobs") is True else "logprobs"
+        return None if way in _BY_CHAT and body.get("logprobs") is True else "logprobs"
     if body.get("logprobs") is None:  # of completions, 0 asks for something
         asked = [name for name in asked if name == "logprob_token_ids"]
-    elif way in (Way.IDS, Way.CHAT_IDS) and not body.get("echo"):
+    elif way in _BY_IDS and not body.get("echo"):
         return None
     else:
         asked.append("logprobs")
@@ -355,7 +390,7 @@ def _echo(body: Mapping[str, Any], way: Way) -> str | None:
         return None
     prompt = body.get("prompt")
     prompt = prompt[0] if isinstance(prompt, list) else prompt
-    return None if isinstance(prompt, str) and way in (Way.IDS, Way.CHAT_IDS) and body["echo"] is True else "echo"
+    return None if isinstance(prompt, str) and way in _BY_IDS and body["echo"] is True else "echo"
 
 
 def _prompt(prompt: Any) -> str | None:

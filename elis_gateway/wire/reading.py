@@ -50,11 +50,12 @@ class Reading:
     """The half of an ``Answer`` that takes what arrives. Its state is the answer's; its maker sets all of it."""
 
     __slots__ = (
-        "_asked", "_careful", "_context", "_dialect", "_echo", "_encoder", "_first", "_foreign", "_inquiring",
-        "_ledger", "_lore", "_opened", "_plain", "_preamble", "_restart", "_retry", "_running", "_same", "_seam",
-        "_start", "_stop_ids", "_stream", "_unheard", "_usage", "_usage_shown", "_whole", "attained", "cached",
-        "committed", "error", "finish_reason", "finished", "limit", "mode", "over", "prompt_tokens", "request",
-        "started", "stop_reason",
+        "_asked", "_careful", "_context", "_dialect", "_echo", "_encoder", "_ends_thinking", "_first", "_foreign",
+        "_inquiring", "_ledger", "_lore", "_opened", "_paid", "_parsed", "_plain", "_preamble", "_restart", "_retry",
+        "_running", "_same", "_seam", "_start", "_stop_ids", "_stream", "_thinking", "_thinks", "_thought", "_thoughts",
+        "_unheard", "_usage", "_usage_shown", "_whole", "attained", "cached", "committed",
+        "error", "finish_reason", "finished", "limit", "mode", "over", "prompt_tokens", "request", "started",
+        "stop_reason",
     )  # fmt: skip
 
     request: Request
@@ -114,6 +115,20 @@ class Reading:
     """Stop strings do not count among the first so many tokens (``min_tokens``)."""
     _stop_ids: frozenset[int]
     """Tokens that end the answer, where stop strings are searched too."""
+    _parsed: bool
+    """The engine parses it, in every call: its deltas are relayed as they are parsed."""
+    _thinks: bool
+    """It may begin with thoughts."""
+    _thinking: bool
+    """What was kept last is one."""
+    _ends_thinking: bool
+    """What came last is one."""
+    _thoughts: int
+    """Characters of thoughts that were kept."""
+    _thought: int
+    """And of those since the last boundary."""
+    _paid: bool
+    """This call's first text has come, with what the parser of the call before held back."""
     _echo: str
     """The prompt, still to be shown in front of the answer."""
     _preamble: bytes
@@ -215,7 +230,10 @@ class Reading:
             if self.limit is not None and self._unheard > self.limit:
                 self._give_up()  # more than the context leaves: the engine refuses that, in its own words
                 return
-        read = None if _parsed(choice) else self._dialect.read(chunk, choice, text)
+        said = text
+        if self._parsed:
+            said, text = self._fields(choice["delta"], text, finish)
+        read = None if _unknown(choice, self._thinks) else self._dialect.read(chunk, choice, text)
         if read is None:
             self._give_up()
             return
@@ -247,7 +265,7 @@ class Reading:
         elif finish is not None and not self._is_real(finish, total):
             self._seam = True
             finish = reason = None
-        shown = text if ledger.stops is None else found.shown
+        shown = said if ledger.stops is None else found.shown
         if finish is not None and found.stop is None and ledger.stops is not None:
             shown += ledger.stops.flush()
         if chunk.get("usage"):
@@ -268,9 +286,10 @@ class Reading:
             self._note_fingerprint(chunk.get("system_fingerprint"))
             if self._lore.fingerprint is not None:
                 chunk["system_fingerprint"] = self._lore.fingerprint
-        if self._seam and not (shown or count):
-            return
-        event = self._render(chunk, choice, shown, tokens, finish, reason) if self.request.stream else b""
+        if self._seam and (self._parsed or not (shown or count)):
+            return  # a parser was told that the answer ends
+        shows = self.request.stream and not self._is_silent(choice, finish)
+        event = self._render(chunk, choice, shown, tokens, finish, reason) if shows else b""
         fresh = not (ledger.pending or ledger.unsure)
         ledger.add(text, tokens, count, event)
         if finish is not None:
@@ -285,6 +304,31 @@ class Reading:
             self._commit(out, boundary is Boundary.SURE)
         else:
             self._plain = False
+
+    def _fields(self, delta: dict[str, Any], said: str, finish: str | None) -> tuple[str, str]:
+        """(content, all text) of a delta that a parser took apart.
+
+        What it held back when the call before was closed goes first, but blanks at the end of thoughts, which it drops.
+        """
+        thought = (delta.get("reasoning") or "") if self._thinks else ""
+        if not (thought or said) and finish is None:
+            return "", ""
+        before = ""
+        if not self._paid and (owed := self._dialect.owed):
+            if not self._thinking:
+                before = owed
+            elif thought or (owed := owed.rstrip()):
+                delta["reasoning"] = thought = owed + thought
+        self._paid = True
+        self._ends_thinking = not said
+        self._thought += len(thought)
+        return before + said, before + thought + said
+
+    def _is_silent(self, choice: dict[str, Any], finish: str | None) -> bool:
+        """Has a parser nothing to show for this delta, so that the engine would not have sent it but for us?"""
+        return self._parsed and finish is None and not (
+            choice["delta"] or self.request.wants_ids or choice.get("logprobs")
+        )  # fmt: skip
 
     def _ended_by_token(self, reason: object, tokens: Any) -> bool:
         """Did a token end the call, not a stop string? Its text, which only we asked for, may have completed one."""
@@ -358,10 +402,14 @@ class Reading:
             self._preamble = b""
         ledger = self._ledger
         ledger.commit(out, sure)
+        self._thoughts += self._thought
+        self._thought = 0
+        self._thinking = self._ends_thinking
         self.attained = ledger.count - ledger.unsure
         self._plain = (
             sure
             and self._dialect.plain
+            and not self._thinking
             and ledger.logprobs is None
             and (ledger.stops is None or (not ledger.stops.tail and ledger.count >= self._unheard))
         )
@@ -394,7 +442,7 @@ class Reading:
 
     def _aside(self, chunk: dict[str, Any], out: list[bytes]) -> None:
         """An event without choices: usage, or an error inside the stream."""
-        if "error" in chunk:
+        if chunk.get("error") is not None:
             self.error = reported(chunk)
             self.over = True
             return
@@ -435,12 +483,12 @@ class Reading:
             usage = document.get("usage") or {}
             text = choice.get("text") or (choice.get("message") or {}).get("content") or ""
             count = int(usage.get("completion_tokens") or 0)
+            if self._ledger.logprobs is not None and self.mode is not Mode.WHOLE:
+                self._ledger.logprobs.take(choice)
         except _MALFORMED as error:
             raise UpstreamUnavailable(f"the upstream sent an unreadable answer: {error}", cause="garbage") from error
         self.started = self.finished = True
         self.finish_reason, self.stop_reason = choice.get("finish_reason"), choice.get("stop_reason")
-        if self._ledger.logprobs is not None:
-            self._ledger.logprobs.take(choice)
         self._ledger.add(text, choice.get("token_ids") or (), count, b"")
         self._ledger.commit([], True)
         self.attained = self._ledger.count
@@ -492,9 +540,9 @@ def _cached(usage: dict[str, Any]) -> tuple[int, int] | None:
     return None if cached is None or prompt is None else (cached, prompt)
 
 
-def _parsed(choice: dict[str, Any]) -> bool:
-    """Has a reasoning or tool parser taken text out of this delta?"""
+def _unknown(choice: dict[str, Any], thinks: bool) -> bool:
+    """Has a reasoning or tool parser taken text out of this delta, from where it cannot go on?"""
     delta = choice.get("delta")
-    return delta is not None and bool(
-        delta.get("reasoning") or delta.get("reasoning_content") or delta.get("tool_calls")
-    )
+    if delta is None:
+        return False
+    return bool(delta.get("tool_calls") or (not thinks and (delta.get("reasoning") or delta.get("reasoning_content"))))

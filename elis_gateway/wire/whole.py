@@ -18,6 +18,10 @@ from elis_gateway.wire.sse import DONE, encode
 __all__ = ["WholeStream", "number", "reported"]
 
 
+_UNSEEN = ("reasoning", "reasoning_content", "tool_calls")
+"""Where a parser puts tokens that are not content."""
+
+
 class WholeStream:
     """One streamed call, passed through."""
 
@@ -75,15 +79,17 @@ class WholeStream:
     def _note(self, chunk: dict[str, Any] | None) -> None:
         if chunk is None:
             return
-        if "error" in chunk:
+        if chunk.get("error") is not None:
             self.error = reported(chunk)
             return
         for choice in chunk.get("choices") or ():
             if choice.get("index"):
                 continue
-            text = choice.get("text") or (choice.get("delta") or {}).get("content")
+            delta = choice.get("delta") or {}
+            text = choice.get("text") or delta.get("content")
             if text and isinstance(text, str):
                 self.text.append(text)
+            if text or any(delta.get(name) for name in _UNSEEN):
                 self.count += 1
             if choice.get("finish_reason"):
                 self.finish_reason = choice["finish_reason"]
@@ -95,7 +101,7 @@ class WholeStream:
 
     def _note_foreign(self, chunk: dict[str, Any]) -> None:
         kind = chunk.get("type")
-        if kind == "error" or "error" in chunk:
+        if kind == "error" or chunk.get("error") is not None:
             self.error = reported(chunk if isinstance(chunk.get("error"), dict) else {"error": chunk})
             return
         if text := foreign.said(chunk) if kind not in foreign.ENDS else "":

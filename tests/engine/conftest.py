@@ -40,6 +40,18 @@ def vllm_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="module")
+def parsing_vllm_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Base URL of a vLLM that parses thoughts and tool calls, with a tokenizer that knows their marks."""
+    if (reason := vllm_engine.missing()) is not None:
+        _absent(reason)
+    folder: Path = tmp_path_factory.mktemp("parsing")
+    flags = vllm_engine.marked(folder / "model")
+    flags += ["--reasoning-parser", "deepseek_r1", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    with vllm_engine.vllm(slots=4, extra=flags, log=folder / "server.log", say=_say) as url:
+        yield url
+
+
 @pytest.fixture(scope="session")
 def llama_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Base URL of llama.cpp's server with four slots, model ``smollm2``."""

@@ -15,7 +15,7 @@ import aiohttp
 
 from tests.engine.asking import MODEL
 
-__all__ = ["CASES", "TOLERANCE", "Case", "Reply", "ask", "bodies", "differences"]
+__all__ = ["CASES", "PARSED", "TOLERANCE", "Case", "Reply", "ask", "bodies", "differences"]
 
 TOLERANCE = 2e-3
 """Of a log-probability: prefill and decode add up in another order."""
@@ -170,6 +170,40 @@ CASES: tuple[Case, ...] = (
 )
 
 
+_OPEN = {"chat_template_kwargs": {"open": True}, "logit_bias": {"2": -100, "4": 12}, "frequency_penalty": 2}
+"""The prompt ends in an open thought, and the model closes it (token 4, ``</think>``) after a while."""
+_TOOL = {"tools": [TOOL]}
+
+PARSED: tuple[Case, ...] = (
+    Case("thoughts", streams=(True,), subset=True, routes="c"),
+    Case("thoughts-document", sliced=False, streams=(False,), routes="c"),
+    Case("thoughts-emoji", streams=(True,), prompt=EMOJI, routes="c"),
+    Case("thoughts-korean", streams=(True,), prompt=KOREAN, routes="c"),
+    Case("thoughts-flags", streams=(True,), prompt=FLAGS, routes="c"),
+    Case("closed", _OPEN, streams=(True,), subset=True, routes="c"),
+    Case("closed-emoji", _OPEN, streams=(True,), prompt=EMOJI, routes="c"),
+    Case("closed-late", _OPEN | {"min_tokens": 20}, streams=(True,), routes="c"),
+    Case(
+        "opened",
+        {"logit_bias": {"3": 30, "4": 8}, "frequency_penalty": 8, "ignore_eos": True},
+        streams=(True,),
+        routes="c",
+    ),
+    Case("n", {"n": 2, "temperature": 1, "top_k": 1}, streams=(True,), routes="c"),
+    Case("no-limit", _OPEN | {"max_tokens": None, "stop_token_ids": [28]}, streams=(True,), routes="c"),
+    Case("usage", {"stream_options": {"include_usage": True}}, sliced=False, streams=(True,), routes="c"),
+    Case("stop", {"stop": ["rain"]}, sliced=False, streams=(True,), routes="c"),
+    Case("hidden", {"include_reasoning": False}, sliced=False, streams=(True,), routes="c"),
+    Case("logprobs", {"logprobs": True, "top_logprobs": 1}, sliced=False, streams=(True,), routes="c"),
+    Case("ids", {"return_token_ids": True}, sliced=False, streams=(True,), routes="c"),
+    Case("tools-none", _TOOL | {"tool_choice": "none"}, streams=(True,), subset=True, routes="c"),
+    Case("tools", _TOOL, sliced=False, subset=True, routes="c"),
+    Case("tools-required", _TOOL | {"tool_choice": "required"}, sliced=False, routes="c"),
+    Case("json", {"response_format": {"type": "json_object"}}, sliced=False, routes="c"),
+)
+"""Chats of an engine with a reasoning and a tool parser (``benchmarks.vllm_engine.marked``)."""
+
+
 def bodies(case: Case, *, limit: int = 24) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(name, path, body) of each request of a case."""
     for route in case.routes:
@@ -224,7 +258,7 @@ def _joined(data: bytes) -> dict[str, Any]:
     chunks = [json.loads(event) for event in events if event not in ("[DONE]", "null")]  # null: llama.cpp
     result: dict[str, Any] = {
         "done": events[-1:] == ["[DONE]"],
-        "ids": len({(chunk.get("id"), chunk.get("created")) for chunk in chunks}),
+        "ids": len({chunk.get("id") for chunk in chunks}),
         "errors": [chunk["error"] for chunk in chunks if "error" in chunk],
         "models": sorted({(chunk["model"], chunk["object"]) for chunk in chunks if "model" in chunk}),
         "fingerprints": [chunk["system_fingerprint"] for chunk in chunks if chunk.get("system_fingerprint")],
@@ -237,10 +271,25 @@ def _joined(data: bytes) -> dict[str, Any]:
         for choice in chunk.get("choices", ()):
             said = result["choices"].setdefault(
                 choice["index"],
-                {"text": "", "logprobs": [], "ids": [], "ends": [], "roles": [], "prompts": [], "keys": set()},
+                {
+                    "text": "",
+                    "thoughts": "",
+                    "tools": {},
+                    "logprobs": [],
+                    "ids": [],
+                    "ends": [],
+                    "roles": [],
+                    "prompts": [],
+                    "keys": set(),
+                },
             )
             delta = choice.get("delta") or {"content": choice.get("text")}
             said["text"] += delta.get("content") or ""
+            said["thoughts"] += delta.get("reasoning") or ""
+            for call in delta.get("tool_calls") or ():
+                parts = said["tools"].setdefault(call["index"], {"name": "", "arguments": ""})
+                for name, part in (call.get("function") or {}).items():
+                    parts[name] += part or ""
             said["roles"] += [delta["role"]] if "role" in delta else []
             said["ids"] += choice.get("token_ids") or []
             said["prompts"] += [choice["prompt_token_ids"]] if choice.get("prompt_token_ids") else []
@@ -263,6 +312,8 @@ def differences(reference: Reply, reply: Reply, *, cached: bool = True) -> list[
 def _compare(one: Any, other: Any, path: str, cached: bool) -> list[str]:
     if path.endswith("prompt_tokens_details") and not cached:
         return []
+    if isinstance(one, dict) and isinstance(other, dict):  # llama.cpp: how long its calls took
+        one, other = ({k: v for k, v in d.items() if k not in ("timings", "__verbose")} for d in (one, other))
     if isinstance(one, dict) and isinstance(other, dict):
         found = (
             [f"{path}: keys {sorted(map(str, one))} != {sorted(map(str, other))}"] if one.keys() != other.keys() else []

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 
 import aiohttp
 import pytest
 
 from tests.engine.gateway import Gateway, gateway
-from tests.engine.surface import CASES, Case, Reply, ask, bodies, differences
+from tests.engine.surface import CASES, PARSED, Case, Reply, ask, bodies, differences
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 SUBSET = [case for case in CASES if case.subset]
+PARSED_SUBSET = [case for case in PARSED if case.subset]
 LIMIT = 14
 """Answer tokens: some seams of three, few enough for the minutes that CI has."""
 
@@ -43,3 +45,15 @@ def test_the_gateway_answers_as_the_engine_does(case: Case, vllm_url: str, gate:
             assert reference.status >= 400, f"{name}: the engine takes it"
         elif reference.status == 200:
             assert reply.sliced.startswith("ids" if case.sliced else "no;"), f"{name}: {reply.sliced}"
+
+
+@pytest.mark.parametrize("case", PARSED_SUBSET, ids=lambda case: case.name)
+def test_so_it_does_behind_parsers(case: Case, parsing_vllm_url: str, tmp_path: Path) -> None:
+    """Found by probing: nothing is configured. Elastic would do as well; fixed windows cut more."""
+    scheduler = {"mode": "fixed", "window": 3, "seam_cost": 0, "aging": "none"}
+    upstream = {"url": parsing_vllm_url, "slots": 4, "engine_priority": "off"}
+    with gateway(tmp_path, [upstream], scheduler=scheduler) as running:
+        replies = asyncio.run(both(case, parsing_vllm_url, running.url))
+    for name, (reference, reply) in replies.items():
+        assert not differences(reference, reply, cached=False), name
+        assert reply.sliced.startswith("ids" if case.sliced else "no;"), f"{name}: {reply.sliced}"

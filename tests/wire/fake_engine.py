@@ -17,10 +17,13 @@ import orjson
 from elis_gateway.core.slice import SliceEnd
 from elis_gateway.wire.continuation import Answer, Call, Lore, Mode
 from elis_gateway.wire.openai import Request, Route, parse
+from elis_gateway.wire.parameters import Way
 from elis_gateway.wire.sse import DONE, EventDecoder, encode
 
 EOS = 0
 SPECIAL = 1
+OPEN, CLOSE = 900, 901
+"""Marks of a thought."""
 WORDS = [b" a", b"b", b" the", b"\n", b"AB", b"A", b"B", b" stop", b"!", "é".encode(), "漢".encode(), " 글".encode()]
 PIECES = [
     b"\xf0\x9f",
@@ -35,7 +38,7 @@ PIECES = [
     b"\x9f\x8e",
     b"\x89y",
 ]
-VOCAB: dict[int, bytes] = {EOS: b"", SPECIAL: b""}
+VOCAB: dict[int, bytes] = {EOS: b"", SPECIAL: b"", OPEN: b"", CLOSE: b""}
 VOCAB |= {2 + i: token for i, token in enumerate(WORDS + PIECES)}
 VOCAB |= {1000 + byte: bytes([byte]) for byte in range(256)}
 _NEXT = {b"\xf0\x9f": (b"\x99", b"\xa6"), b"\x99": (b"\x82",), b"\xe2\x80": (b"\x8d",), b"\xf0\x9f\xa6": (b"\xa3",)}
@@ -87,9 +90,35 @@ def first_stop(text: str, new: int, stops: list[str]) -> tuple[int, str] | None:
     return min(found, key=lambda match: match[0], default=None)
 
 
+class Parser:
+    """The habits of vLLM's reasoning parsers, all at once: whether it thinks it reads in the prompt, what may begin a
+    mark it holds back, and blanks at the end of thoughts it drops."""
+
+    def __init__(self, prompt: list[int]) -> None:
+        marks = [token for token in prompt if token in (OPEN, CLOSE)]
+        self.thinks = not marks or marks[-1] == OPEN
+        self.held = ""
+
+    def parse(self, text: str, ids: list[int], finished: bool) -> dict[str, str]:
+        """A delta's fields. Marks come alone, as tokens do in most streams."""
+        if ids[0] in (OPEN, CLOSE):
+            held, self.held = self.held, ""
+            thought, self.thinks = self.thinks, ids[0] == OPEN
+            held = held.rstrip() if thought else held
+            return {"reasoning" if thought else "content": held} if held else {}
+        text, self.held = self.held + text, ""
+        kept = text if finished else text.rstrip("Ape")
+        kept = kept.rstrip() if self.thinks else kept
+        if not finished:
+            self.held = text[len(kept) :]
+        fields = {"reasoning" if self.thinks else "content": kept} if kept else {}
+        return fields | {"content": "(unfinished)"} if finished and self.thinks else fields
+
+
 @dataclass
 class FakeEngine:
-    """``merge``: tokens per delta, cycled. ``context``: as ``max_model_len``. ``eos``: one token in so many ends."""
+    """``merge``: tokens per delta, cycled. ``context``: as ``max_model_len``. ``eos``: one token in so many ends.
+    ``thinks``: chats run through a parser."""
 
     merge: tuple[int, ...] = (1,)
     context: int = 400
@@ -97,6 +126,7 @@ class FakeEngine:
     name: str = "served"
     details: bool = False
     detokenizes: bool = True
+    thinks: bool = False
     calls: list[dict[str, Any]] = field(default_factory=list)
 
     def next_token(self, ids: list[int], ignore_eos: bool, body: dict[str, Any], said: list[int]) -> int:
@@ -110,6 +140,8 @@ class FakeEngine:
             return EOS
         if (h >> 12) % 23 == 0:
             return SPECIAL
+        if self.thinks and (h >> 13) % 11 == 0 and last not in _NEXT:
+            return CLOSE if (h >> 14) % 3 else OPEN
         starts = WORDS + [b"\xf0\x9f", b"\xe2\x80", b"\xf0\x9f\xa6", b"x\xf0"] * 2
         presence, frequency = body.get("presence_penalty") or 0, body.get("frequency_penalty") or 0
         bias = body.get("logit_bias") or {}
@@ -259,6 +291,7 @@ class FakeEngine:
             shown = {"prompt_token_ids": prompt if shows_ids else None, "prompt_text": None}
             yield base | {"choices": [choice]} | running(0) | shown
         count = offset = 0
+        parser = Parser(prompt) if chat and self.thinks else None
         said: list[int] = []
         echo = "" if chat or not body.get("echo") or shows_ids else decode(prompt)
         for text, ids, finish, reason in self.deltas(body, prompt):
@@ -268,6 +301,11 @@ class FakeEngine:
             said += ids
             text = echo + text
             choice = {"index": 0} | ({"delta": {"content": text}} if chat else {"text": text})
+            if parser is not None:
+                choice["delta"] = parser.parse(text, ids, finish is not None)
+                if not (choice["delta"] or finish or shows_ids):
+                    count += len(ids)
+                    continue
             choice |= {"logprobs": logprobs, "finish_reason": finish}
             if finish or not chat:
                 choice["stop_reason"] = reason
@@ -352,9 +390,11 @@ def serve(
     lore: Lore | None = None,
     default_limit: int | None = None,
     chat_ids: bool = True,
+    way: Way | None = None,
 ) -> tuple[Answer, bytes]:
     """What the dispatcher does: calls until the answer is finished. Returns it and the bytes its client got."""
-    answer = Answer(request, mode, context=engine.context, lore=lore, default_limit=default_limit, chat_ids=chat_ids)
+    way = way or (Way.CHAT_IDS if chat_ids else Way.IDS)
+    answer = Answer(request, mode, context=engine.context, lore=lore, default_limit=default_limit, way=way)
     got = b""
     for _ in range(2000):
         limit = script.limits.pop(0) if script.limits else script.rest
@@ -427,13 +467,17 @@ def joined(data: bytes, request: Request) -> dict[str, Any]:
         "fingerprint": [chunk["system_fingerprint"] for chunk in chunks if "system_fingerprint" in chunk],
         "prompt_ids": [c for chunk in chunks if (c := chunk.get("prompt_token_ids"))],
         "usage": [chunk["usage"] for chunk in chunks if "usage" in chunk and not chunk["choices"]],
-        "roles": [], "text": "", "finish": [], "token_ids": [], "keys": set(), "logprobs": [],
+        "roles": [], "text": "", "finish": [], "token_ids": [], "keys": set(), "logprobs": [], "fields": [],
     }  # fmt: skip
     for chunk in chunks:
         for choice in chunk["choices"]:
             assert not result["finish"], "text after the end"
             delta = choice.get("delta", {"content": choice.get("text")})
-            result["text"] += delta["content"]
+            result["text"] += delta.get("content", "")
+            for name in ("reasoning", "content"):
+                if delta.get(name) and result["fields"][-1:] != [name]:
+                    result["fields"].append(name)
+            result["thoughts"] = result.get("thoughts", "") + delta.get("reasoning", "")
             result["roles"] += [delta["role"]] if "role" in delta else []
             result["finish"] += [(choice["finish_reason"], choice["stop_reason"])] if choice["finish_reason"] else []
             result["token_ids"] += choice.get("token_ids") or []

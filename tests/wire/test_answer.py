@@ -300,3 +300,23 @@ def test_several_choices_end_with_the_last_of_them() -> None:
     begin(answer)
     answer.feed([chunk("a", finish="stop")])
     assert answer.end_slice("finished") is SliceEnd.FAILED
+
+
+def test_a_document_of_one_call_is_relayed_whatever_its_log_probabilities_look_like() -> None:
+    """llama.cpp's completions have the chat's form of them, under the completions' name."""
+    answer = Answer(make_request(Route.COMPLETIONS, logprobs=2), Mode.IDS, engine="llama.cpp")
+    answer.call(None, model="served")
+    assert (answer.mode, answer.reason) == (Mode.WHOLE, "logprobs")
+    choice = {"text": "a", "index": 0, "logprobs": {"content": [{"id": 198, "token": "a"}]}, "finish_reason": "length"}
+    document = orjson.dumps({"choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 1}})
+    answer.feed_whole(document)
+    assert answer.end_slice("finished") is SliceEnd.FINISHED
+    assert answer.body() == document
+
+
+def test_a_document_that_cannot_be_read_is_no_answer() -> None:
+    answer = Answer(make_request(Route.COMPLETIONS, logprobs=2, max_tokens=4), Mode.IDS, context=100)
+    answer.call(None, model="served", window=50)
+    with pytest.raises(UpstreamUnavailable):
+        answer.feed_whole(orjson.dumps({"choices": [{"text": "a", "logprobs": {"content": []}}]}))
+    assert answer.end_slice("broken") is SliceEnd.INTERRUPTED
