@@ -5,7 +5,7 @@
     python -m benchmarks.validate_engine run --url http://127.0.0.1:8765 --seeds 5        a vLLM that runs already
     python -m benchmarks.validate_engine report
 
-One gateway in front of one vLLM (CPU build, float32), switched between runs. Lengths are forced and the predictor is
+A fresh gateway for each run, in front of one vLLM (CPU build, float32). Lengths are forced and the predictor is
 `max_tokens`, so both sides know the same. The engine's numbers (time of a step by batch, what a beginning call costs
 the others, what it takes to its first token) are fitted to the token times of the very run that is then simulated, so a
 machine that is slow today is slow on both sides; arrivals are the moments at which the requests really left. Load is a
@@ -21,8 +21,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -40,12 +39,12 @@ from elis_gateway.predictor.baselines import MaxTokens
 from loadtest import make, runner
 from loadtest.client import Client
 from loadtest.records import Row
-from loadtest.settings import ordering, setting
+from loadtest.settings import SETTINGS, setting
 from loadtest.stats import interval, percentile
-from loadtest.targets import HttpTarget, Steering, simulated
+from loadtest.targets import HttpTarget, simulated
 from loadtest.workload import Seeds, Workload
 
-SETTINGS = ("fcfs", "sjf", "isrtf")
+NAMES = ("fcfs", "sjf", "isrtf")
 RESULTS = Path(__file__).parent / "results" / "validate-engine.jsonl"
 SLOTS, BLOCK = 4, 32
 """As ``benchmarks.vllm_engine`` starts it."""
@@ -73,16 +72,6 @@ class Question:
         return make.make(plan, Seeds.all(seed))
 
 
-@contextmanager
-def servers(folder: Path, url: str | None) -> Iterator[tuple[capacity_live.Engine, str, str]]:
-    """The engine, a gateway in front of it, and that one's admin listener."""
-    with (
-        capacity_live.real(folder, SLOTS, url) as engine,
-        capacity_live.gateway(folder, "gateway", engine, {}, {}, "max_tokens") as (gateway, admin),
-    ):
-        yield engine, gateway, admin
-
-
 def capacity(engine: capacity_live.Engine) -> float:
     """Tokens per second with every slot at work."""
     work = requests([60] * (4 * SLOTS))
@@ -92,24 +81,23 @@ def capacity(engine: capacity_live.Engine) -> float:
     return figures["rate"]
 
 
-async def live(url: str, admin: str, model: str, name: str, work: Workload) -> list[Row]:
-    async with Client(url) as client, Client(admin) as desk:
-        await Steering(desk).use(ordering(setting(name)))
+async def live(url: str, model: str, work: Workload) -> list[Row]:
+    async with Client(url) as client:
         target = HttpTarget(client, model, body={"temperature": 0}, debug=True, gaps=True)
         target.prepare(work.requests)
         target.start = time.perf_counter() + runner.LEAD
         run = await runner.run(work, target, start=target.start)
     if failed := [row.error for row in run.rows if row.error]:
-        raise UpstreamUnavailable(f"{name}: {len(failed)} requests failed: {failed[0]}", cause="failed")
+        raise UpstreamUnavailable(f"{len(failed)} requests failed: {failed[0]}", cause="failed")
     return run.rows
 
 
-def measure(at: tuple[capacity_live.Engine, str, str], work: Workload, name: str, seed: int) -> dict[str, Any]:
-    """One setting on one workload, live and as the simulator tells it."""
-    engine, gateway, admin = at
+def measure(folder: Path, engine: capacity_live.Engine, work: Workload, name: str, seed: int) -> dict[str, Any]:
+    """One setting on one workload, live through a fresh gateway and as the simulator tells it."""
     sent = marked(work, f"{name} {seed} {time.time():.0f}")
     busy = os.getloadavg()[0]
-    rows = asyncio.run(live(gateway, admin, engine.model, name, sent))
+    with capacity_live.gateway(folder, "gateway", engine, {}, SETTINGS[name], "max_tokens") as (url, _):
+        rows = asyncio.run(live(url, engine.model, sent))
     found = fit(rows, slots=SLOTS, block=BLOCK)
     by_id = {row.id: row for row in rows}
     happened = [
@@ -162,14 +150,16 @@ def run(
         for row in stored(output)
         if row["valid"] and row["question"] == asdict(question) and row["code"] == stamp["code"]
     }
-    with tempfile.TemporaryDirectory(prefix="elis-validate-") as folder, servers(Path(folder), url) as at:
-        rate = capacity(at[0])
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="elis-validate-")))
+        engine = stack.enter_context(capacity_live.real(folder, SLOTS, url))
+        rate = capacity(engine)
         click.echo(f"capacity {rate:.1f} tokens/s")
         for seed in range(seeds):
             work = question.work(seed, rate)
-            for name in SETTINGS if seed % 2 == 0 else SETTINGS[::-1]:
+            for name in NAMES if seed % 2 == 0 else NAMES[::-1]:
                 for _ in range(tries if (name, seed) not in done else 0):
-                    row = measure(at, work, name, seed)
+                    row = measure(folder, engine, work, name, seed)
                     row = {"question": asdict(question), "setting": name, "seed": seed, "capacity": rate, **row}
                     save(output, {**row, **stamp})
                     tell(row)
@@ -199,7 +189,7 @@ def summary(path: Path) -> None:
         groups.setdefault((json.dumps(row["question"]), row["code"]), []).append(row)
     for (question, code), rows in groups.items():
         click.echo(f"{question}, code {code}: {len(rows)} runs, {sum(not row['valid'] for row in rows)} invalid")
-        for name in SETTINGS:
+        for name in NAMES:
             ratios = [row["ratio"] for row in rows if row["setting"] == name and row["valid"]]
             if ratios:
                 click.echo(f"  {name:6s} {verdict(ratios)}")

@@ -92,7 +92,7 @@ def _comparison(experiment: Experiment, found: Sequence[Difference]) -> Table:
         ]
         for difference in found
     ]
-    seeds = len(experiment.workloads)
+    seeds = max((metric.seeds for difference in found for metric in difference.metrics.values()), default=1)
     note = (
         f"Under 1 is less. ± is a 95 % interval over {seeds} workload seeds, paired by seed. "
         if seeds > 1
@@ -113,11 +113,16 @@ def _figures(experiment: Experiment, arms: Mapping[str, Arm]) -> Table:
         for entry in _SHOWN
         if any(entry[0] in flat(figures) for arm in arms.values() for figures in arm.figures.values())
     ]
+    made = [set(arm.figures) for arm in arms.values()]
+    # A run that was stopped has more seeds of some arms than of others: means over different work compare nothing.
+    common = set.intersection(*made) if made else set()
     rows = []
     for name, arm in arms.items():
-        each = [flat(figures) for figures in arm.figures.values()]
+        each = [flat(figures) for seed, figures in arm.figures.items() if not common or seed in common]
         rows.append([name, *(_cell(each, path, digits) for path, _, digits in shown)])
     note = "Means over seeds of each run's figure. A dash: fewer than ten samples beyond that percentile."
+    if common and any(seeds != common for seeds in made):
+        note += f" Only the {len(common)} of {len(set.union(*made))} seeds that every setting was run with."
     if experiment.target == "live" and not any(
         run.legs for arm in arms.values() for r in arm.runs.values() for run in r.rows
     ):

@@ -246,16 +246,26 @@ def workers() -> tuple[list[Cell], Callable[[Rows], None]]:
 
     def show(rows: Rows) -> None:
         body = []
+        peaks: dict[str, list[tuple[float, float]]] = {name: [] for name, _, _ in settings}
         for count in counts:
             for name, _, _ in settings:
-                waits = [plain(rows, cells[name, count, share], "wait") for share in shares]
-                if any(found is None for found in waits):
+                ours = [cells[name, count, share] for share in shares]
+                waits = [plain(rows, cell, "wait") for cell in ours]
+                made = [plain(rows, ours[-1], figure) for figure in ("tokens", "end")]
+                if any(found is None for found in (*waits, *made)):
                     continue
                 means = [found.mean for found in waits if found is not None]
+                tokens, end = (found.mean for found in made if found is not None)
                 peak = _crossing([share * per_worker * count for share in shares], means, 0.5)
-                body.append([f"{count}", name, *(f"{mean:.2f}" for mean in means), peak])
-        heads = ["workers", "", *(f"load {share:g}" for share in shares), "req/s with a mean wait of 0.5 s"]
-        print(table(heads, body))
+                if peak[0].isdigit():
+                    peaks[name].append((count, float(peak)))
+                body.append([f"{count}", name, *(f"{mean:.2f}" for mean in means), f"{tokens / end:.0f}", peak])
+        heads = ["workers", "", *(f"load {share:g}" for share in shares), "tokens/s at load 1"]
+        print(table([*heads, "req/s with a mean wait of 0.5 s"], body))
+        if all(len(found) > 1 for found in peaks.values()):
+            from benchmarks.studies.picture import scaling
+
+            print(f"\ndrawn: {scaling(peaks, per_worker)}")
 
     return list(cells.values()), show
 

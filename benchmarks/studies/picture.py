@@ -1,4 +1,4 @@
-"""The README's picture, from the rows of study `where`: one SVG that is right on light and on dark ground."""
+"""Pictures of studies: SVGs that are right on light and on dark ground. The README's, of `where`; and of `workers`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from benchmarks.studies.harness import Ratio
 from benchmarks.tail import ROOT
 from loadtest.report.style import BASE, CSS, FOREGROUND, MUTED, SERIES, SIZES, adapt
 
-__all__ = ["draw"]
+__all__ = ["draw", "scaling"]
 
 PATH = ROOT / "docs" / "gain.svg"
+SCALING = ROOT / "docs" / "scaling.svg"
 
 
 def draw(points: Mapping[str, Sequence[tuple[float, Ratio | None]]]) -> Path:
@@ -37,12 +38,34 @@ def draw(points: Mapping[str, Sequence[tuple[float, Ratio | None]]]) -> Path:
         axes.set_ylabel("mean completion time, ratio")
         axes.set_xticks([load for load, _ in next(iter(points.values()))])
         axes.legend(loc="lower left")
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    drawing = adapt(
-        out.getvalue(),
-        "gain",
-        "Mean completion time over first come's, by load: nothing gained at half load, a quarter at 0.95",
-    )
-    PATH.write_text(drawing.replace("<defs>", f"<style>{CSS}</style><defs>", 1) + "\n", encoding="utf-8")
-    return PATH.relative_to(ROOT)
+        return _written(
+            figure,
+            PATH,
+            "gain",
+            "Mean completion time over first come's, by load: nothing gained at half load, a quarter at 0.95",
+        )
+
+
+def scaling(peaks: Mapping[str, Sequence[tuple[float, float]]], per_worker: float) -> Path:
+    """The rate served with a mean wait of half a second, by number of workers; ``per_worker``: what one can do."""
+    with mpl.rc_context(SIZES):  # type: ignore[arg-type]
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        last = max(count for found in peaks.values() for count, _ in found)
+        axes.plot([0, last], [0, last * per_worker], color=MUTED, lw=1.2, ls="--", label="all slots busy")
+        for (name, found), colour, size in zip(peaks.items(), (BASE, SERIES[0]), (8, 4.5), strict=True):
+            axes.plot(*zip(*found, strict=True), color=colour, marker="o", ms=size, lw=2, label=name)
+        axes.set_xlabel("workers of four slots behind one queue")
+        axes.set_ylabel("requests/s, mean wait 0.5 s")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="upper left")
+        return _written(figure, SCALING, "scaling", "Requests per second with a mean wait of half a second, by workers")
+
+
+def _written(figure: Figure, path: Path, name: str, label: str) -> Path:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    drawing = adapt(out.getvalue(), name, label)
+    path.write_text(drawing.replace("<defs>", f"<style>{CSS}</style><defs>", 1) + "\n", encoding="utf-8")
+    return path.relative_to(ROOT)

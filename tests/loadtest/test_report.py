@@ -14,6 +14,7 @@ from loadtest import store
 from loadtest.records import Leg, Row, Run
 from loadtest.report.plots import draw, lanes, waiting
 from loadtest.report.style import adapt
+from loadtest.tables import tables
 
 
 def command(*args: str) -> Result:
@@ -83,6 +84,20 @@ def test_the_report_is_made_anew_from_what_is_stored(folder: Path) -> None:
     assert command("report", str(folder)).exit_code == 0
     assert (folder / "report.html").exists()
     assert (folder / "report.md").read_text() == before
+
+
+def test_a_stopped_run_compares_no_means_over_different_seeds(folder: Path) -> None:
+    experiment = store.read(folder)
+    whole = {table.title: table for table in tables(experiment, experiment.arms())}
+    # Stopped before the second seed of all but first come.
+    experiment.runs = [run for run in experiment.runs if run.seed == 0 or run.setting == "fcfs"]
+    arms = experiment.arms()
+    cut = {table.title: table for table in tables(experiment, arms)}
+    assert "Only the 1 of 2 seeds" in cut["Figures"].note
+    assert cut["Figures"].rows[0][1] == f"{arms['fcfs'].figures[0]['jct']['mean']:.2f}" != whole["Figures"].rows[0][1]
+    assert "Only the" not in whole["Figures"].note
+    assert "One workload seed" in cut["Ratio to fcfs"].note
+    assert "over 2 workload seeds" in whole["Ratio to fcfs"].note
 
 
 def test_a_run_without_anything_to_compare_or_to_tell_is_drawn_all_the_same() -> None:
