@@ -10,6 +10,7 @@ import gc
 import logging
 import signal
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -154,7 +155,10 @@ class Gateway:
             self.fleet, config.models, body_timeout=config.server.body_timeout, max_body=config.server.max_body
         )
         self._changing = asyncio.Lock()
-        """One change of the configuration at a time."""
+        """One change of the configuration at a time, and none before everything has begun."""
+        self._stopping = False
+        self._saving = threading.Lock()
+        """One save at a time: the last one may come while a thread is still at the one before."""
         self._wanted = {u.name: u for u in config.upstreams}
         """Upstreams as they should be: the configuration's, and what the admin listener was told since."""
         self._leaving: set[str] = set()
@@ -171,7 +175,8 @@ class Gateway:
         try:
             if self._traffic_log is not None:
                 self._traffic_log.start()
-            await self.fleet.start()
+            async with self._changing:
+                await self.fleet.start()
             server, admin = self.config.server, self.config.admin
             await self._listen(web.ServerRunner(self._public(), shutdown_timeout=_FLUSH), server)
             runner = web.AppRunner(make_admin_app(self), access_log=None, shutdown_timeout=_FLUSH)
@@ -189,6 +194,7 @@ class Gateway:
 
         Once is enough; a second call finds nothing left to stop.
         """
+        self._stopping = True
         while self._sites:
             await self._sites.pop().stop()
         await self.dispatcher.drain(self.config.server.shutdown_grace if grace is None else grace)
@@ -223,7 +229,8 @@ class Gateway:
     def _save(self) -> None:
         assert self.predictor is not None
         try:
-            self.predictor.save()
+            with self._saving:
+                self.predictor.save()
         except OSError as error:
             # Stopping goes on: connections and the traffic log are still to be closed.
             _log.error("what the predictor learned was not saved: %s", error)
@@ -410,13 +417,20 @@ class Gateway:
         if self._reload is None:
             raise ConfigError("there is no configuration file to read again")
         async with self._changing:
+            self._refuse_if_stopping()
             return await self._take_over(self._reload())
+
+    def _refuse_if_stopping(self) -> None:
+        """What is begun now would be left open."""
+        if self._stopping:
+            raise ConfigError("the gateway is shutting down: nothing can be changed any more")
 
     async def _take_over(self, new: Config) -> dict[str, Any]:
         applied: list[str] = []
         old = self.config
         new_keys = self._check(new)
         swapped = await self._swap_model(new)
+        self._refuse_if_stopping()
         changed = [n for n in _ORDERING if getattr(new.scheduler, n) != getattr(self._ordering, n)]
         if changed:
             self._use_policy(new.scheduler)
@@ -506,13 +520,14 @@ class Gateway:
         self.dispatcher.upstream_removed(name)
         self._warmth.forget(name)
         self._leaving.discard(name)
-        if (settings := self._wanted.get(name)) is not None:
+        if (settings := self._wanted.get(name)) is not None and not self._stopping:
             await self.fleet.add(settings)
 
     async def add_upstream(self, wanted: Any) -> dict[str, Any]:
         """Use another upstream from now on, until a reload says otherwise. Raises ``ConfigError``."""
         ranks = {settings.name: settings for settings in build.parse_upstream(wanted).ranks()}
         async with self._changing:
+            self._refuse_if_stopping()
             for name, settings in ranks.items():
                 try:
                     self.config.check_upstream(settings)

@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ import orjson
 import pytest
 from aiohttp import ClientConnectorError, ClientSession
 
+from elis_gateway.app import Gateway
+from elis_gateway.config import from_mapping
+from elis_gateway.errors import ConfigError
 from elis_gateway.sim.server import SimServer
 from elis_gateway.tasks import spawn
 from tests.gateway.world import COMPLETIONS, paced, payloads, read_until, until, world
@@ -56,6 +61,82 @@ async def test_a_second_signal_ends_the_grace() -> None:
         w.gateway.hurry()
         await asyncio.wait_for(stopping, 5)
         assert b"shutting_down" in await response.content.read()
+
+
+async def test_a_reload_during_the_shutdown_changes_nothing_and_leaves_nothing_open() -> None:
+    async with world(paced(20)) as w, w.post(COMPLETIONS, BODY) as response:
+        await read_until(response, 1)
+        stopping = spawn(w.gateway.stop(60.0), name="stop")
+        await until(lambda: not w.gateway.dispatcher.accepting)
+        more = {"upstreams": [{"url": "http://127.0.0.1:9", "slots": 1}]}
+        w.gateway._reload = lambda: from_mapping(more)
+        with pytest.raises(ConfigError, match="shutting down"):
+            await w.gateway.reload()
+        with pytest.raises(ConfigError, match="shutting down"):
+            await w.gateway.add_upstream({"url": "http://127.0.0.1:10", "slots": 1})
+        w.gateway.hurry()
+        await stopping
+        assert b"shutting_down" in await response.content.read()
+        assert all(u._client is None for u in w.gateway.fleet.upstreams.values())
+
+
+async def test_an_upstream_being_replaced_when_the_shutdown_comes_is_not_begun_anew() -> None:
+    async with world(paced(20)) as w, w.post(COMPLETIONS, BODY) as response:
+        await read_until(response, 1)
+        (name,) = w.gateway.fleet.upstreams
+        other = {"upstreams": [{"name": name, "url": w.engine.url, "slots": 4, "context": 1000}]}
+        w.gateway._reload = lambda: from_mapping(other)
+        assert "upstreams" in (await w.gateway.reload())["applied"]
+        await w.gateway.stop(0.05)
+        await until(lambda: not any("replace" in task.get_name() for task in asyncio.all_tasks()))
+        assert all(u._client is None for u in w.gateway.fleet.upstreams.values())
+        assert b"shutting_down" in await response.content.read()
+
+
+async def test_several_reloads_at_once_and_before_everything_has_begun() -> None:
+    async with SimServer(paced(1000)) as engine:
+        settings = {
+            "server": {"host": "127.0.0.1", "port": 0},
+            "admin": {"port": 0},
+            "upstreams": [{"url": engine.url, "slots": 1}, {"url": "http://127.0.0.1:9", "slots": 1}],
+        }
+        given = iter(range(1, 100))
+        gateway = Gateway(
+            from_mapping(settings),
+            reload=lambda: from_mapping(
+                {**settings, "upstreams": [{"url": engine.url, "slots": 1 + next(given)}], "models": {"alias": "sim"}}
+            ),
+        )
+        starting = spawn(gateway.start(), name="start")
+        done = await asyncio.gather(gateway.reload(), gateway.reload(), gateway.reload())
+        await starting
+        assert all("upstreams" in one["applied"] for one in done)
+        await until(lambda: len(gateway.fleet.upstreams) == 1)
+        assert gateway.upstreams()[0]["slots"] == 4
+        assert gateway._relay.aliases == {"alias": "sim"}
+        await gateway.stop(0.0)
+
+
+async def test_the_last_save_waits_for_the_one_under_way() -> None:
+    """Both write the same file; what stays must be the later of them, and whole."""
+    async with world() as w:
+        order: list[str] = []
+        begun = threading.Event()
+
+        class Slow:
+            def save(self) -> None:
+                order.append("begin")
+                begun.set()
+                time.sleep(0.05)
+                order.append("end")
+
+        kept, w.gateway.predictor = w.gateway.predictor, Slow()  # type: ignore[assignment]
+        thread = spawn(asyncio.to_thread(w.gateway._save), name="save")
+        await asyncio.to_thread(begun.wait)
+        w.gateway._save()
+        await thread
+        assert order == ["begin", "end"] * 2
+        w.gateway.predictor = kept
 
 
 async def _status(session: ClientSession, url: str, body: dict[str, Any]) -> int:
