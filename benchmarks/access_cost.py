@@ -1,9 +1,12 @@
-"""What keys, limits and fair sharing cost a request: processor time from its headers to a job ready to be queued.
+"""What each thing at the door and each observer costs a request, in processor time.
 
     python -m benchmarks.access_cost [--keys 1000] [--output benchmarks/results/access-cost.jsonl]
 
-The same request is parsed and made a job of, once with nobody at the door and once with keys, rates, a limit at once,
-a class limit and fair sharing all on, interleaved (A B B A); medians over rounds, with their range.
+*At the door*: the same request is parsed and made a job of, with nobody there; with keys; with rates, a limit at once
+and a class limit as well; with fair sharing as well. *Looking on*: a job's whole life (100 tokens in 100 reads, two
+windows, one call) is told to nobody; to the metrics; to the tracer, whose spans are made and then dropped (exporting is
+its thread's and its collector's). Interleaved there and back; medians over rounds, with their range.
+``benchmarks/overhead.py --with keys,limits,tracing`` measures the whole gateway.
 """
 
 from __future__ import annotations
@@ -12,19 +15,26 @@ import argparse
 import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import orjson
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
 from benchmarks.rows import show
+from elis_gateway import tracing
 from elis_gateway.access import Door, hashed, new_key
-from elis_gateway.config import ApiKey, Limits
+from elis_gateway.config import ApiKey, Limits, Tracing
+from elis_gateway.core.job import Job, JobSpec, Outcome
+from elis_gateway.flight import Flight, Leg, Observer, overriding
 from elis_gateway.intake import Intake
+from elis_gateway.metrics import Metrics
 from elis_gateway.upstream.base import Capabilities
 from elis_gateway.wire import openai
+from elis_gateway.wire.continuation import Answer, Mode
 from elis_gateway.wire.openai import Route
 
 BODY = orjson.dumps(
@@ -45,22 +55,22 @@ class Directory:
         return Capabilities(models=frozenset({"sim"}), ids=True)
 
 
-def way(keys: int) -> Callable[[], None]:
+def way(keys: int, *, limits: bool = False, fair: bool = False) -> Callable[[], None]:
     """One request, with so many keys configured (0: nobody at the door)."""
     now = time.monotonic
     made = [new_key() for _ in range(keys)]
     section = [
         ApiKey(name=f"k{n}", hash=hashed(key), models=("sim",), max_class="default") for n, key in enumerate(made)
     ]
-    limits = Limits.model_validate(
+    section_limits = Limits.model_validate(
         {
             "per_key": {"requests_per_minute": 10**9, "tokens_per_minute": 10**12, "concurrent": 1000},
             "classes": {"default": 1000},
         }
-        if keys
+        if limits
         else {}
     )
-    door = Door(section, limits, {"default": 0}, now, lambda model: 1.0, fair_round=2000 if keys else None)
+    door = Door(section, section_limits, {"default": 0}, now, lambda model: 1.0, fair_round=2000 if fair else None)
     intake = Intake(
         Directory(),
         now,
@@ -90,22 +100,92 @@ def timed(request: Callable[[], None], count: int) -> float:
     return (time.process_time() - start) / count * 1e6
 
 
-async def run(keys: int, rounds: int, count: int) -> dict[str, Any]:
-    ways = {"open": way(0), "keys": way(keys)}
+def life(observers: Sequence[Observer]) -> Callable[[], None]:
+    """One job's life, told to these: as the dispatcher tells it, to those that want to hear."""
+    told = {
+        name: overriding(observers, name)
+        for name in ("submitted", "slice_began", "fed", "window_passed", "estimated", "slice_ended", "finished")
+    }
+    request = openai.parse(Route.CHAT, BODY)
+    spec = JobSpec("job-1", "sim", limit=100)
+    leg = Leg("engine", 1.0, 1.1, 2.0, 100, "finished", "", False)
+
+    def one() -> None:
+        flight = Flight(spec, request, Answer(request, Mode.IDS), class_name="default")
+        flight.job = job = Job(spec, 1.0)
+        for tell in told["submitted"]:
+            tell(flight)
+        for tell in told["estimated"]:
+            tell(flight, 1e-4)
+        for tell in told["slice_began"]:
+            tell(flight, "engine")
+        for _ in range(100):
+            for tell in told["fed"]:
+                tell(flight, 0.01)
+        for _ in range(2):
+            for tell in told["window_passed"]:
+                tell(flight)
+        flight.legs.append(leg)
+        for tell in told["slice_ended"]:
+            tell(flight, leg)
+        job.attained, job.slices, job.first_token, job.finished, job.outcome = 100, 1, 1.1, 2.0, Outcome.COMPLETED
+        for tell in told["finished"]:
+            tell(flight)
+
+    return one
+
+
+class _Nowhere(SpanExporter):
+    """Takes spans and forgets them."""
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        return SpanExportResult.SUCCESS
+
+
+def tracer() -> tracing.Tracer:
+    """As it is in the gateway, except that nothing leaves the process."""
+    kept, tracing._sink = tracing._sink, lambda section: BatchSpanProcessor(_Nowhere())
+    try:
+        return tracing.Tracer(Tracing(enabled=True), clock=time.monotonic, epoch=time.time() - time.monotonic())
+    finally:
+        tracing._sink = kept
+
+
+def compared(ways: dict[str, Callable[[], None]], rounds: int, count: int) -> dict[str, Any]:
+    """Microseconds of each way, and by how much it is above the first."""
     for request in ways.values():
         timed(request, count)
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
-        for name in ("open", "keys", "keys", "open"):
+        for name in (*ways, *reversed(ways)):
             found[name].append(timed(ways[name], count))
     middle = {name: median(values) for name, values in found.items()}
+    first = next(iter(middle.values()))
+    return {
+        "microseconds": {name: round(value, 2) for name, value in middle.items()},
+        "above_the_first": {name: round(value - first, 2) for name, value in middle.items()},
+        "range": {name: [round(min(values), 2), round(max(values), 2)] for name, values in found.items()},
+    }
+
+
+async def run(keys: int, rounds: int, count: int) -> dict[str, Any]:
+    traced = tracer()
+    door = compared(
+        {
+            "open": way(0),
+            "keys": way(keys),
+            "keys and limits": way(keys, limits=True),
+            "keys, limits, fair": way(keys, limits=True, fair=True),
+        },
+        rounds, count,
+    )  # fmt: skip
+    observers = compared({"nobody": life([]), "metrics": life([Metrics()]), "tracing": life([traced])}, rounds, count)
+    traced.close()
     return {
         "keys": keys,
         "rounds": rounds,
-        "microseconds": {name: round(value, 2) for name, value in middle.items()},
-        "range": {name: [round(min(values), 2), round(max(values), 2)] for name, values in found.items()},
-        "difference_microseconds": round(middle["keys"] - middle["open"], 2),
-        "ratio": round(middle["keys"] / middle["open"], 3),
+        "door": door,
+        "observers_of_100_tokens": observers,
         "load_average": [round(value, 1) for value in os.getloadavg()],
         "machine": f"{os.cpu_count()} cores, shared",
     }

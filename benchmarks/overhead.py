@@ -1,6 +1,6 @@
 """What the gateway costs: the same requests straight to a stub engine, through a bare aiohttp proxy, and through it.
 
-    python benchmarks/overhead.py [--repeats 5] [--seconds 2] [--json FILE]
+    python benchmarks/overhead.py [--repeats 5] [--seconds 2] [--json FILE] [--with keys,limits,fair,tracing]
 
 Stub, bare proxy, gateway and load generator are one process each, all on uvloop. The three ways are interleaved within
 every repeat (A B C C B A), so that a machine that drifts drifts for all; figures are medians over repeats, with their
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -34,11 +34,27 @@ import orjson
 import uvloop
 from aiohttp import web
 
+from elis_gateway.access import hashed
+
 WAYS = ("direct", "bare", "gateway")
 PACED = (200, 50)
 """Clients at 20 ms a token. 200 are 10,000 chunks a second through stub, proxy and client: on two cores that is where
 the bare proxy itself falls behind. 50 are a load that everybody keeps up with."""
 MODEL = "stub"
+KEY = "elis-a-key-of-the-overhead-benchmark"
+FEATURES: dict[str, dict[str, Any]] = {
+    "keys": {"auth": {"keys": [{"name": "bench", "hash": hashed(KEY)}]}},
+    "limits": {
+        "limits": {
+            "per_key": {"requests_per_minute": 10**9, "tokens_per_minute": 10**12, "concurrent": 10**6},
+            "classes": {"default": 10**6},
+        }
+    },
+    "fair": {"scheduler": {"mode": "elastic", "fair": True}},
+    # Nobody listens there: what leaves the process, and whether it arrives, is a thread's business.
+    "tracing": {"tracing": {"enabled": True, "endpoint": "http://127.0.0.1:9"}},
+}
+"""What may be switched on: sections of the gateway's configuration. Metrics cannot be switched off."""
 
 # --- the stub engine -------------------------------------------------------------------------------------------------
 
@@ -269,7 +285,7 @@ def request_bytes(tokens: int, *, stream: bool) -> bytes:
     )
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
-        f"Authorization: Bearer key\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"Authorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
 
@@ -385,7 +401,7 @@ def wait_for(port: int, path: str) -> None:
 
 
 @contextmanager
-def processes(level: str) -> Iterator[dict[str, int]]:
+def processes(level: str, features: Sequence[str]) -> Iterator[dict[str, int]]:
     ports = {way: free_port() for way in WAYS}
     me = [sys.executable, __file__]
     with tempfile.TemporaryDirectory() as folder:
@@ -396,6 +412,8 @@ def processes(level: str) -> Iterator[dict[str, int]]:
             "scheduler": {"mode": "elastic"},
             "logging": {"level": level},
         }
+        for feature in features:
+            settings |= FEATURES[feature]
         path = Path(folder) / "gateway.json"
         path.write_text(json.dumps(settings))
         commands = [
@@ -466,6 +484,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="length of each single measurement")
     parser.add_argument("--json", type=Path, help="write figures and verdicts there")
     parser.add_argument("--log-level", default="info", help="the gateway's (its default writes a line per job)")
+    parser.add_argument(
+        "--with", dest="features", default="", help=f"switched on in the gateway: some of {', '.join(FEATURES)}"
+    )
     parser.add_argument("--role", choices=("stub", "bare"), help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--upstream", help=argparse.SUPPRESS)
@@ -479,7 +500,8 @@ def main() -> None:
     figures: dict[str, Figures] = {}
     print(f"{platform.python_implementation()} {platform.python_version()}, {os.cpu_count()} cores, "
           f"aiohttp {aiohttp.__version__}, load {os.getloadavg()[0]:.1f}")  # fmt: skip
-    with processes(given.log_level) as ports:
+    features = [name for name in given.features.split(",") if name]
+    with processes(given.log_level, features) as ports:
         assert_sliced(ports["gateway"], 16, stream=False)
         assert_sliced(ports["gateway"], 128, stream=True)
         for n in range(given.repeats):
@@ -488,7 +510,7 @@ def main() -> None:
     report(figures)
     if given.json is not None:
         rows = [{"name": n, "value": v, "target": t, "met": m} for n, v, t, m in verdicts(figures)]
-        given.json.write_text(json.dumps({"figures": figures, "verdicts": rows}, indent=1))
+        given.json.write_text(json.dumps({"figures": figures, "verdicts": rows, "with": features}, indent=1))
 
 
 if __name__ == "__main__":

@@ -318,6 +318,8 @@ async def _one_engine(upstream: HttpUpstream, found: Findings) -> None:
         return
     known = [share for share in shares if share is not None]
     cold = sum(share < 0.5 for share in known)
+    if cold < len(known) and found.cache == "not seen":
+        found.cache = f"yes: {max(known):.0%} of a repeated prompt"
     if not known:
         found.engines = "not known: it does not tell cached tokens (vLLM: --enable-prompt-tokens-details)"
     elif cold > 0:
