@@ -4,9 +4,9 @@
     python benchmarks/tail.py --settings isrtf isrtf:aging=boost,factor=0.35 isrtf:aging=boost,tail=1.25
     python benchmarks/tail.py --loads 0.95 --slots 4 16 --lengths lognormal --output tail.jsonl
 
-A setting is ``policy[:key=value,...]``; keys are the scheduler's (tail, mode, window, rescore, seam_cost), the
-policy's (order) and aging's (aging, a, factor). ``fcfs`` and ``isrtf:order=mean``, the pure one that shares are of, are
-always run.
+A setting is ``policy[:key=value,...]``; keys are the scheduler's (tail, mode, window, rescore, seam_cost), ``overcommit``,
+the policy's (order) and aging's (aging, a, factor). ``fcfs`` and ``isrtf:order=mean``, the pure one that shares are of,
+are always run.
 
 What is modelled: gamma arrivals of shape 0.8 (``--wobble 0.2`` swings their rate by a fifth either way over
 ``--period`` seconds), answer lengths of the Azure conversation trace (``--csv``, or the shipped sample) or log-normal
@@ -109,8 +109,8 @@ def workload(question: Question, seed: int) -> list[SimJob]:
     return jobs
 
 
-def scheduler(setting: str) -> Scheduler:
-    """``policy[:key=value,...]`` -> a fresh scheduler."""
+def scheduler(setting: str) -> tuple[Scheduler, int]:
+    """``policy[:key=value,...]`` -> a fresh scheduler, and how many calls it may have beyond the slots."""
     kind, _, rest = setting.partition(":")
     options = dict(item.split("=", 1) for item in rest.split(",") if item)
     config: dict[str, Any] = {"seconds_per_token": 1 / RATE}
@@ -122,17 +122,18 @@ def scheduler(setting: str) -> Scheduler:
     if "aging" in options:
         numbers = {name: float(options.pop(name)) for name in ("a", "factor") if name in options}
         policy["aging"] = Aging(options.pop("aging"), **numbers)  # type: ignore[arg-type]
+    overcommit = int(options.pop("overcommit", "0"))
     if options:
         raise SystemExit(f"setting {setting!r}: unknown {', '.join(options)}")
-    return Scheduler(SchedulerConfig(**config), make_policy(kind, **policy))
+    return Scheduler(SchedulerConfig(**config), make_policy(kind, **policy)), overcommit
 
 
 def measure(setting: str, jobs: list[SimJob], question: Question, seed: int) -> dict[str, float]:
     """Mean, p99 and worst completion time (seconds) of the jobs after the warm-up, and what it took."""
-    core = scheduler(setting)
+    core, overcommit = scheduler(setting)
     model = EngineModel(question.slots, ((1, RATE),), seam_tokens=question.seam)
     known = NoisyOracle({job.id: job.output_tokens for job in jobs}, question.sigma, seed=seed)
-    result = simulate(jobs, core, {"engine": Engine(model)}, known)
+    result = simulate(jobs, core, {"engine": Engine(model)}, known, overcommit=overcommit)
     kept = result.records[question.dropped :]
     jcts = sorted(record.jct for record in kept)
     row = {

@@ -45,8 +45,10 @@ class Running:
         "mark_calm",
         "mark_full",
         "mark_tokens",
+        "queued",
         "sent",
         "slice",
+        "slot_at",
         "started",
         "upstream",
         "version",
@@ -71,6 +73,10 @@ class Running:
         """Continuations that had begun on the upstream when this slice was sent, and at the last mark."""
         self.mark_full = False
         """Every slot was taken at the last mark."""
+        self.queued = len(upstream.running) >= upstream.info.slots
+        """It was sent when every slot was taken: to the engine's own queue."""
+        self.slot_at: float | None = None
+        """When the engine had a slot for it, if it was queued there and that is known."""
         self.cold = self.job.home != upstream.info.id
         """Nothing that it would need again is in the upstream's cache."""
         self.ending = False
@@ -125,6 +131,13 @@ class Upstream:
         if running.ending:
             self.ending -= 1
             self.closing -= not unstarted
+
+    def passes_on(self, now: float) -> None:
+        """A slot has come free: in the engine's own queue, whoever is first gets it."""
+        waiting = [r for r in self.unstarted.values() if r.queued and r.slot_at is None and not r.ending]
+        if waiting:
+            first = min(waiting, key=lambda r: (r.slice.priority, r.slice.id)) if self.info.orders else waiting[0]
+            first.slot_at = now
 
     @property
     def full(self) -> bool:

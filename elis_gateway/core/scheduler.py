@@ -24,7 +24,7 @@ from elis_gateway.core.actions import Abort, Action, AskEstimate, Finish
 from elis_gateway.core.admission import Alarms
 from elis_gateway.core.dials import SchedulerConfig
 from elis_gateway.core.job import Estimate, Job, JobSpec, JobState, Outcome
-from elis_gateway.core.placement import Upstream, UpstreamInfo
+from elis_gateway.core.placement import Running, Upstream, UpstreamInfo
 from elis_gateway.core.policy import Policy, remaining_tokens
 from elis_gateway.core.slice import SliceEnd, SliceResult
 from elis_gateway.core.slots import Slots
@@ -140,9 +140,12 @@ class Scheduler:
         slots = self._slots
         running = self._slices.pop(slice_id)
         job, upstream = running.job, running.upstream
-        job.served += now - running.began
+        tokens = result.attained - running.base
+        job.served += self._slot_time(running, tokens, now)
         job.disturbed += upstream.continued - running.calm
         upstream.ended(running)
+        if upstream.info.overcommit and (running.started or tokens > 0):
+            upstream.passes_on(now)
         if job.state is _DONE:
             self.jobs.pop(job.spec.id, None)
             slots.fill(upstream, now)
@@ -304,6 +307,16 @@ class Scheduler:
             self._slots.enqueue(job, now, place=False)
             self._slots.fill(upstream, now)
             self._slots.actions.append(AskEstimate(job, False))
+
+    @staticmethod
+    def _slot_time(running: Running, tokens: int, now: float) -> float:
+        """How long the slice held a slot, as opposed to waiting for one in the engine's own queue."""
+        longest = now - running.began
+        if running.started or not running.queued:
+            return longest
+        # It never began, or came in one piece at its end.
+        job = running.job
+        return min(longest, tokens * job.pool.seconds_per_token) if tokens > 0 else 0.0
 
     def _interrupted(self, job: Job, cause: str, now: float) -> None:
         job.failures += 1

@@ -227,14 +227,16 @@ class Slots:
         """The slice's first token has come."""
         running.started = True
         upstream, job = running.upstream, running.job
-        info = upstream.info
         upstream.unstarted.pop(running.slice.id, None)
         if running.ending:
             upstream.closing += 1
         if job.first_token is None:
             job.first_token = now
-        elif self._config.seam_cost is None and len(upstream.running) <= info.slots:
-            self._room.seam_took(now - running.sent, job.pool)
+        elif (
+            self._config.seam_cost is None
+            and (slot_at := running.slot_at if running.queued else running.sent) is not None
+        ):
+            self._room.seam_took(now - slot_at, job.pool)
         if job.slices > 1:
             # Its own beginning disturbs the others, not itself.
             upstream.continued += 1
@@ -243,9 +245,9 @@ class Slots:
         running.mark_tokens = job.attained + 1
         running.mark_calm = upstream.continued
         running.mark_full = upstream.full
-        if info.overcommit:
-            # It may have waited in the engine's queue: what came before the first token was a seam, not slot time.
-            running.began = now - self._room.margin(job)
+        if running.queued:
+            # What came before the first token was a wait, and a seam.
+            running.began = running.slot_at if running.slot_at is not None else now - self._room.margin(job)
             running.calm = upstream.continued
         if self.elastic and job.state is _RUNNING and job.spec.sliceable and job.preemptions == 0:
             if not running.ending:

@@ -323,6 +323,34 @@ class TestEngineOrdered:
         assert s.end("b", SliceEnd.PREEMPTED, 0) == ["run c on u"]
         assert s.scheduler.jobs["b"].preemptions == 0, "it had not begun"
 
+    def test_time_in_the_engine_s_queue_is_no_slot_time(self):
+        s = Stage(overcommit=1)
+        s.submit("a", 100)
+        s.started("a")
+        s.submit("b", 190)
+        s.at(30.0).submit("c", 120)
+        s.end("b", SliceEnd.PREEMPTED, 0)
+        assert s.scheduler.jobs["b"].served == 0.0
+        s.at(100.0).finish("a", 100)
+        s.started("c")
+        s.at(220.0).finish("c", 120)
+        s.started("b")
+        b = s.scheduler.jobs["b"]
+        s.at(410.0).finish("b", 190)
+        assert b.served == pytest.approx(190.0)
+
+    def test_the_seam_is_learned_from_when_the_engine_had_a_slot(self):
+        s = Stage(overcommit=1, seam_cost=None)
+        s.submit("a", 100)
+        s.started("a")
+        assert s.submit("b", 20) == ["ask b", "run b on u", "preempt a"]
+        s.at(1.0).end("a", SliceEnd.PREEMPTED, 1)  # and is in hand again
+        s.at(2.0).started("b")
+        s.at(22.0).finish("b", 20)
+        s.at(27.0).started("a")
+        # Its token came four late, counted from b's end; 25 after it was sent.
+        assert s.scheduler.seam_tokens == pytest.approx(2.0 + 0.05 * (4.0 - 2.0))
+
     def test_a_job_that_needs_one_call_stays_in_the_engine_s_queue(self):
         s = Stage(overcommit=1)
         s.submit("a", 100)
