@@ -4,7 +4,7 @@
     python benchmarks/tail.py --settings isrtf isrtf:aging=boost,factor=0.35 isrtf:aging=boost,tail=1.25
     python benchmarks/tail.py --loads 0.95 --slots 4 16 --lengths lognormal --output tail.jsonl
 
-A setting is ``policy[:key=value,...]``; keys are the scheduler's (tail, mode, window, rescore, seam_cost), ``overcommit``,
+A setting is ``policy[:key=value,...]``; keys are the scheduler's (tail, mode, window, rescore, seam_cost), overcommit,
 the policy's (order) and aging's (aging, a, factor). ``fcfs`` and ``isrtf:order=mean``, the pure one that shares are of,
 are always run.
 
