@@ -43,7 +43,8 @@ from elis_gateway.core.scheduler import Scheduler, SchedulerConfig
 from elis_gateway.predictor import features
 from elis_gateway.predictor.base import Estimate, View, clamp
 from elis_gateway.predictor.learner import Learner, Prediction, Sight
-from elis_gateway.predictor.onnx import Model, folder_of
+from elis_gateway.predictor.manifest import folder_of
+from elis_gateway.predictor.onnx import Model
 from elis_gateway.sim.engine import Engine, EngineModel
 from elis_gateway.sim.simulator import SimJob, simulate
 

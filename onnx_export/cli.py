@@ -215,7 +215,7 @@ def train(
 
 @cli.command()
 @click.argument("data", type=_EXISTING)
-@click.argument("models", nargs=-1, type=_EXISTING)
+@click.argument("models", nargs=-1)
 @click.option("--out", required=True, type=_FOLDER, help="For evaluation.json, evaluation.md and plots.")
 @click.option("--split", type=click.Choice(["validation", "test"]), default="test", show_default=True)
 @click.option("--app", "apps", multiple=True, help="Only this application (source) of the data; repeatable.")
@@ -229,7 +229,7 @@ def train(
 @click.option("--cache", type=click.Path(path_type=Path, dir_okay=False), help="Of embeddings.")
 def evaluate(
     data: Path,
-    models: tuple[Path, ...],
+    models: tuple[str, ...],
     out: Path,
     split: str,
     apps: tuple[str, ...],
@@ -242,11 +242,11 @@ def evaluate(
     seed: int,
     cache: Path | None,
 ) -> None:
-    """Judge model folders beside what they have to beat: means, history, trees on counters."""
+    """Judge model folders (or shipped ones' names) beside what they have to beat: means, history, trees on counters."""
     modules = _modules("records", "evaluate")
     judged, said, truth = modules["evaluate"].evaluate(
         modules["records"].load([data]),
-        models,
+        [_folder(name) for name in models],
         split=split,
         apps=apps,
         after=after,
@@ -303,10 +303,19 @@ def export(
 
 
 @cli.command()
-@click.argument("folder", type=_EXISTING)
-def show(folder: Path) -> None:
-    """Print a model folder's manifest and figures, after checking its files."""
-    click.echo(_describe(folder))
+@click.argument("folder", required=False)
+def show(folder: str | None) -> None:
+    """Print a model folder's manifest and figures, after checking its files.
+
+    FOLDER may also be a shipped one's name, as in the configuration. Default: the one in use by default.
+    """
+    click.echo(_describe(_folder(folder)))
+
+
+def _folder(name: str | None) -> Path:
+    from elis_gateway.predictor.manifest import folder_of
+
+    return folder_of(name)
 
 
 def _describe(folder: Path) -> str:

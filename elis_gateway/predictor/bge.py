@@ -28,8 +28,8 @@ from elis_gateway.predictor.base import Estimate, Predictor, View, clamp
 from elis_gateway.predictor.batcher import Batcher, Busy
 from elis_gateway.predictor.history import History
 from elis_gateway.predictor.learner import Learner, Prediction, Sight, Vector
-from elis_gateway.predictor.manifest import load
-from elis_gateway.predictor.onnx import Device, Floats, Model, ModelError, folder_of
+from elis_gateway.predictor.manifest import folder_of, load
+from elis_gateway.predictor.onnx import Device, Floats, Model, ModelError
 from elis_gateway.predictor.units import Units, script_of
 
 __all__ = ["EncodeOnce", "Paper", "make"]

@@ -40,7 +40,7 @@ def _bge(
     """The encoder's family; ``history`` where onnxruntime, or the shipped model, is not there."""
     try:
         from elis_gateway.predictor.bge import make
-        from elis_gateway.predictor.onnx import folder_of
+        from elis_gateway.predictor.manifest import folder_of
     except (MissingExtra, ModuleNotFoundError) as missing:
         _log.warning("%s: estimates come from history alone", missing)
         return History(strength=strength, horizon=horizon)

@@ -8,6 +8,7 @@ training, onnxruntime, numpy.
 from __future__ import annotations
 
 import hashlib
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from elis_gateway.errors import ConfigError
 from elis_gateway.predictor import features
 
-__all__ = ["FILE", "SCHEMA", "Encoder", "File", "Head", "Manifest", "Source", "digest", "load", "locate"]
+__all__ = ["FILE", "SCHEMA", "Encoder", "File", "Head", "Manifest", "Source", "digest", "folder_of", "load", "locate"]
 
 FILE = "manifest.json"
 SCHEMA = 1
@@ -112,6 +113,16 @@ class Manifest(_Part):
             return self.models.index(model) + 1
         except ValueError:
             return 0
+
+
+def folder_of(path: str | Path | None) -> Path:
+    """A model folder by path, or by the name of a shipped one; None: the default."""
+    name = "encode-once" if path is None else str(path)
+    if path is None or (Path(name).name == name and not Path(name).exists()):
+        shipped = Path(str(files("elis_gateway.predictor"))) / "models" / name
+        if path is None or shipped.is_dir():
+            return shipped
+    return Path(name)
 
 
 def load(folder: Path) -> Manifest:

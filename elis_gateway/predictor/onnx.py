@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from importlib.resources import files
 from math import isfinite, log
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +29,7 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtra("cpu", f"the predictor `bge` ({error.name})") from None
 
-__all__ = ["Device", "Floats", "Model", "ModelError", "folder_of"]
+__all__ = ["Device", "Floats", "Model", "ModelError"]
 
 Device = Literal["auto", "cpu", "cuda"]
 Floats = npt.NDArray[np.float32]
@@ -44,16 +43,6 @@ ModelError: tuple[type[Exception], ...] = (
 
 _log = logging.getLogger("elis_gateway.predictor")
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
-
-
-def folder_of(path: str | Path | None) -> Path:
-    """A model folder by path, or by the name of a shipped one; None: the default."""
-    name = "encode-once" if path is None else str(path)
-    if path is None or (Path(name).name == name and not Path(name).exists()):
-        shipped = Path(str(files("elis_gateway.predictor"))) / "models" / name
-        if path is None or shipped.is_dir():
-            return shipped
-    return Path(name)
 
 
 class Model:

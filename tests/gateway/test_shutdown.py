@@ -19,6 +19,7 @@ from aiohttp import ClientConnectorError, ClientSession
 from elis_gateway.app import Gateway
 from elis_gateway.config import from_mapping
 from elis_gateway.errors import ConfigError
+from elis_gateway.predictor.make import make_predictor
 from elis_gateway.sim.server import SimServer
 from elis_gateway.tasks import spawn
 from tests.gateway.world import COMPLETIONS, paced, payloads, read_until, until, world
@@ -170,6 +171,56 @@ async def test_the_command_stops_on_sigterm_and_reloads_on_sighup(tmp_path: Path
             data += await response.content.read()
         assert payloads(data)[-1] == b"[DONE]"
         assert await asyncio.wait_for(process.wait(), 10) == 0
+
+
+_OFTEN = """
+import elis_gateway.app
+from elis_gateway.cli import main
+elis_gateway.app._SAVE_EVERY = 0.1
+main()
+"""
+
+
+@pytest.mark.parametrize(("kind", "key"), [("history", "path"), ("bge", "state")])
+async def test_what_was_learned_outlives_a_kill(tmp_path: Path, kind: str, key: str) -> None:
+    """No warning, no last breath: what was written down regularly is there, and whole, after SIGKILL at any moment."""
+    state = tmp_path / "learned"
+    async with SimServer(paced(5000)) as engine, ClientSession() as session:
+        settings: dict[str, Any] = {
+            "server": {"host": "127.0.0.1", "port": 0},
+            "admin": {"port": 0},
+            "upstreams": [{"url": engine.url, "slots": 2}],
+            "predictor": {"kind": kind, key: str(state)},
+            "logging": {"format": "json"},
+        }
+        path = tmp_path / "gateway.yaml"
+        path.write_text(json.dumps(settings))
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", _OFTEN, "serve", str(path), stderr=asyncio.subprocess.PIPE, env={**os.environ}
+        )
+        assert process.stderr is not None
+        url = await _line(process.stderr, "listening on ")
+        asked = {**BODY, "max_tokens": 700, "ignore_eos": False, "stream": False}
+        for number in range(5):
+            async with session.post(url + COMPLETIONS, json={**asked, "prompt": f"long {number}"}) as response:
+                assert response.status == 200
+        await until(lambda: _seen(kind, state) >= 4)
+        process.kill()
+        await process.wait()
+    assert _seen(kind, state) >= 4
+
+
+def _seen(kind: str, state: Path) -> int:
+    """Answers that a predictor starting now knows of."""
+    if not state.exists():
+        return 0
+    made: Any = make_predictor(kind, **{"path" if kind == "history" else "state": str(state)})
+    history = made if kind == "history" else made.learner.history
+    seen = history._all.changes
+    if kind == "bge":
+        seen = min(seen, made.learner._all.count)
+        made.close()
+    return int(seen)
 
 
 async def _line(stream: asyncio.StreamReader, wanted: str) -> str:
