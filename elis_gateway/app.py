@@ -395,6 +395,7 @@ class Gateway:
         windows = {name: getattr(section, name) for name in build.WINDOWS}
         self._ordering = self._ordering.model_copy(update={"policy": section.policy, "aging": section.aging, **windows})
         self.dispatcher.set_policy(policy, replace(self.core.config, **windows))
+        self.fleet.keep_in_hand(self._ordering.in_hand)
 
     def upstreams(self) -> list[dict[str, Any]]:
         """Every upstream."""

@@ -200,6 +200,11 @@ class _Member:
         self._changed(self)
         self._nudge.set()
 
+    def keep_in_hand(self, overcommit: int) -> None:
+        """So many calls beyond the slots from now on, unless its settings say otherwise."""
+        self.overcommit = _in_hand(self.settings, overcommit)
+        self._changed(self)
+
 
 def _in_hand(settings: config.Upstream, overcommit: int) -> int:
     """Calls kept in flight beyond the slots: none where the engine's queue is to tell how many slots there are."""
@@ -350,6 +355,13 @@ class Fleet:
     def change(self, settings: config.Upstream) -> None:
         """Other settings for an upstream that ``in_place`` says can take them over."""
         self._members[settings.name].change(settings, self._overcommit)
+
+    def keep_in_hand(self, overcommit: int) -> None:
+        """Calls in flight beyond the slots from now on, at upstreams whose settings do not say otherwise."""
+        if overcommit != self._overcommit:
+            self._overcommit = overcommit
+            for member in self._members.values():
+                member.keep_in_hand(overcommit)
 
     def drain(self, upstream_id: str, *, draining: bool = True) -> None:
         """Send it nothing more (or again). What runs there goes on elsewhere where it can, or finishes."""

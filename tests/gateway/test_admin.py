@@ -65,6 +65,16 @@ async def test_the_table_lists_exactly_what_is_exported() -> None:
         assert sorted(exported) == sorted((s.name, s.kind) for s in SERIES)
 
 
+async def test_fixed_windows_keep_no_call_in_hand() -> None:
+    async with world(paced(50), slots=1) as w:
+        [upstream] = w.gateway.core.upstreams.values()
+        assert upstream.info.overcommit == 1
+        for mode, kept in (("fixed", 0), ("elastic", 1)):
+            async with w.session.put(w.admin + "/admin/policy", json={"kind": "isrtf", "mode": mode}) as response:
+                assert response.status == 200, await response.text()
+            assert upstream.info.overcommit == kept
+
+
 async def test_jobs_live_and_over() -> None:
     async with world(paced(50), slots=1, upstream={"overcommit": 0}) as w:
         asking = [spawn(w.ask(COMPLETIONS, {**BODY, "prompt": f"{n}"}), name="ask") for n in range(2)]
