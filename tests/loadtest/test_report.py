@@ -13,7 +13,7 @@ from elis_gateway.cli import cli
 from loadtest import store
 from loadtest.records import Leg, Row, Run
 from loadtest.report.plots import draw, lanes, waiting
-from loadtest.report.style import adapt
+from loadtest.report.style import FIGURE, SIZES, adapt
 from loadtest.tables import tables
 
 
@@ -128,6 +128,12 @@ def test_slots_are_lanes_and_waiting_is_what_is_in_none() -> None:
     steps = waiting(run)
     assert max(count for _, count in steps) == 1
     assert steps[-1] == (5, 0)
+
+
+def test_a_drawing_can_be_read_on_a_phone() -> None:
+    # A drawing is as wide as its place; a phone's is 360 CSS pixels less the page's margins.
+    shrunk = (360 - 2 * 14) / (72 * FIGURE[0])
+    assert shrunk * min(size for name, size in SIZES.items() if name.endswith("size")) >= 8.5
 
 
 def test_drawings_of_one_page_do_not_share_ids() -> None:
