@@ -2,9 +2,9 @@
 
     python -m benchmarks.sampling --answers 900 --output benchmarks/results/sampling-vllm.json
 
-Temperature 1, no seed, plain text. Of every answer the tokens at some positions are counted, all of them right after a
-seam of windows of two tokens; two-sample chi-square over the commonest tokens and the rest, one test per position,
-Bonferroni.
+Temperature 1, no seed, plain text. Of every answer the token right after the seam of windows of two tokens is counted;
+two-sample chi-square over the commonest tokens and the rest (Bonferroni where positions are several). Direct, sliced
+and control answers are drawn in turns, until there are enough of each or the time is up.
 Power: the probability that the test finds a shift of effect size w = 0.2 (Cohen's small to medium) at the level used.
 As a control the same test compares the engine with itself at temperature 1.3, and has to find that.
 """
@@ -30,11 +30,12 @@ from tests.engine.asking import MODEL
 from tests.engine.gateway import gateway
 
 PROMPT = "The best thing about travelling by train is"
-POSITIONS = (2, 4)
-TOKENS = 5
+POSITIONS = (2,)
+TOKENS = 3
 SLOTS = 16
 """Answers at once: their draws are their own, whatever the batch."""
-CATEGORIES = 8
+CATEGORIES = 4
+BLOCK = 80
 ALPHA = 0.05
 
 
@@ -114,9 +115,10 @@ def compare(one: list[list[int]], other: list[list[int]]) -> list[dict[str, Any]
 
 @click.command()
 @click.option("--answers", default=900, show_default=True)
+@click.option("--budget", default=400.0, show_default=True, help="Seconds after which no further block is begun.")
 @click.option("--url", help="An engine that runs already.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path))
-def main(answers: int, url: str | None, output: Path | None) -> None:
+def main(answers: int, budget: float, url: str | None, output: Path | None) -> None:
     """Sample, test, store."""
     with ExitStack() as stack:
         if url is None:
@@ -126,14 +128,17 @@ def main(answers: int, url: str | None, output: Path | None) -> None:
         upstream = {"url": url, "slots": SLOTS, "engine_priority": "off"}
         gate = stack.enter_context(gateway(folder, [upstream], scheduler=scheduler))
         start = time.monotonic()
-        sliced = asyncio.run(sample(gate.url, answers))
-        click.echo(f"{answers} answers in windows: {time.monotonic() - start:.0f} s")
-        direct = asyncio.run(sample(url, answers))
-        warm = asyncio.run(sample(url, answers, 1.3))
+        sliced, direct, warm = [], [], []
+        while len(warm) < answers and time.monotonic() - start < budget:
+            direct += asyncio.run(sample(url, BLOCK))
+            sliced += asyncio.run(sample(gate.url, BLOCK))
+            warm += asyncio.run(sample(url, BLOCK, 1.3))
+            click.echo(f"{len(warm)} answers of each after {time.monotonic() - start:.0f} s")
         slices = gate.metric("elis_slices_total")
     result = {
         "date": time.strftime("%Y-%m-%d"),
-        "answers": answers,
+        "engine": f"vLLM {vllm_engine.VERSION}, CPU, float32, SmolLM2-135M",
+        "answers of each": len(warm),
         "slices": slices,
         "level": f"{ALPHA} over {len(POSITIONS)} positions",
         "sliced_against_direct": compare(sliced, direct),

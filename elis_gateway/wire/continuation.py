@@ -207,6 +207,7 @@ class Answer(Reading):
         if self.mode is Mode.WHOLE or self._unary or not self._first or self.committed:
             return False
         altered = self._ours or self.request.stop or not self.request.stream or self.request.body.get("echo")
+        altered = altered or self._dialect.way in (Way.LLAMA, Way.TEXT)  # asked for more than the client did
         if status not in (400, 413, 422) or not altered:
             return False
         self._go_whole("the engine refused a window")

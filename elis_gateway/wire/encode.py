@@ -19,7 +19,7 @@ from elis_gateway.wire.shapes import DETAILS
 __all__ = ["Encoder", "blank"]
 
 _NOTHING: dict[str, Any] = {}
-_PASSED = ("usage", "system_fingerprint")
+_PASSED = ("usage", "system_fingerprint", "timings")
 """Fields beside the choices that continue in a chunk of another route."""
 
 

@@ -133,9 +133,10 @@ class LlamaCpp:
             choice.pop("logprobs", None)
         else:
             choice["logprobs"] = None
-        if not last:
+        if not last or self._request.chat:
+            chunk.pop("usage", None)  # chats are told in a chunk of its own, where they ask for it
+        if not last or (self._request.chat and self._request.include_usage):
             chunk.pop("timings", None)
-            chunk.pop("usage", None)
 
 
 def _mixed(items: list[int | str]) -> list[int | str] | str:

@@ -10,11 +10,12 @@ import aiohttp
 import pytest
 
 from tests.engine.gateway import Gateway, gateway
-from tests.engine.surface import CASES, PARSED, Case, Reply, ask, bodies, differences
+from tests.engine.surface import CASES, ENDLESS, HALF, PARSED, Case, Reply, ask, bodies, differences
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 SUBSET = [case for case in CASES if case.subset]
+LLAMA_SUBSET = [case for case in SUBSET if case.name not in ENDLESS]
 PARSED_SUBSET = [case for case in PARSED if case.subset]
 LIMIT = 14
 """Answer tokens: some seams of three, few enough for the minutes that CI has."""
@@ -57,3 +58,20 @@ def test_so_it_does_behind_parsers(case: Case, parsing_vllm_url: str, tmp_path: 
     for name, (reference, reply) in replies.items():
         assert not differences(reference, reply, cached=False), name
         assert reply.sliced.startswith("ids" if case.sliced else "no;"), f"{name}: {reply.sliced}"
+
+
+def test_so_it_does_before_llama_cpp(llama_url: str, tmp_path: Path) -> None:
+    """In one go, as it starts and answers in seconds. What is sliced there is in docs/compatibility.md."""
+    scheduler = {"mode": "fixed", "window": 3, "seam_cost": 0, "aging": "none"}
+    different = []
+    with gateway(tmp_path, [{"url": llama_url, "slots": 4}], scheduler=scheduler) as running:
+        for case in LLAMA_SUBSET:
+            replies = asyncio.run(both(case, llama_url, running.url))
+            different += [
+                f"{name}: {line}"
+                for name, (reference, reply) in replies.items()
+                for line in differences(reference, reply, cached=False)
+                if name not in HALF
+            ]
+        assert running.metric("elis_slices_total") > 150
+    assert not different

@@ -140,3 +140,14 @@ def test_the_rest_of_a_chat_is_a_stream_though_its_client_does_not_stream() -> N
     answer.end_slice("finished")
     path, more = body(answer, None)
     assert (path, more["stream"]) == (Route.COMPLETIONS.value, True)
+
+
+def test_what_we_ask_beside_is_never_the_clients_refusal() -> None:
+    """llama.cpp refuses log-probabilities of streams with tools, which only we asked for."""
+    tool = {"type": "function", "function": {"name": "f"}}
+    request = make_request(Route.CHAT, stream=True, tools=[tool], tool_choice="none")
+    answer = Answer(request, Mode.IDS, engine="llama.cpp")
+    assert orjson.loads(answer.call(None, model="served").body)["logprobs"] is True
+    assert answer.refused(400, b"{}")
+    assert answer.mode is Mode.WHOLE
+    assert "logprobs" not in orjson.loads(answer.call(None, model="served").body)
