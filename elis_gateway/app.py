@@ -164,7 +164,7 @@ class Gateway:
         self._leaving: set[str] = set()
         """Upstreams that are drained, and afterwards forgotten or made anew."""
         self._saver: asyncio.Task[None] | None = None
-        self._tls: list[tuple[ssl.SSLContext, config_module.Server | config_module.Admin]] = []
+        self._tls: list[build.ListenerTLS] = []
         self._runners: list[web.BaseRunner] = []
         self._sites: list[web.TCPSite] = []
 
@@ -250,9 +250,10 @@ class Gateway:
         return _port(self._runners[1])
 
     async def _listen(self, runner: web.BaseRunner, settings: config_module.Server | config_module.Admin) -> None:
-        context = build.server_tls(settings.tls)
-        if context is not None:
-            self._tls.append((context, settings))
+        context: ssl.SSLContext | None = None
+        if settings.tls.cert is not None:
+            self._tls.append(build.ListenerTLS(settings.tls))
+            context = self._tls[-1].context
         await runner.setup()
         self._runners.append(runner)
         site = web.TCPSite(runner, settings.host, settings.port, backlog=1024, ssl_context=context)
@@ -451,8 +452,8 @@ class Gateway:
             self.door.change(new_keys, new.limits, new.scheduler.classes)
             applied.append("auth and limits")
         if self._tls:
-            for context, settings in self._tls:
-                build.load_certificate(context, settings.tls)
+            for tls in self._tls:
+                tls.load()
             applied.append("certificates")
         if (dials := build.live_dials(new.scheduler)) != build.live_dials(old.scheduler):
             policy = build.policy(new.scheduler.policy, new.scheduler.aging)
@@ -487,8 +488,8 @@ class Gateway:
         for upstream in new.upstreams:
             if upstream not in self.config.upstreams:
                 check(upstream)
-        for _, settings in self._tls:
-            build.server_tls(settings.tls)
+        for tls in self._tls:
+            build.server_tls(tls.section)
         build.policy(new.scheduler.policy, new.scheduler.aging)
         return config_module.keys(new)
 

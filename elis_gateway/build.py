@@ -19,7 +19,7 @@ from elis_gateway.predictor.base import Predictor
 from elis_gateway.predictor.make import make_predictor
 
 __all__ = [
-    "WINDOWS", "live_dials", "load_certificate", "parse_policy", "parse_upstream", "policy", "predictor",
+    "WINDOWS", "ListenerTLS", "live_dials", "parse_policy", "parse_upstream", "policy", "predictor",
     "scheduler_config", "server_tls",
 ]  # fmt: skip
 
@@ -109,21 +109,41 @@ def server_tls(section: config.ServerTLS) -> ssl.SSLContext | None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if section.client_ca is not None:
-        context.verify_mode = ssl.CERT_REQUIRED
-    load_certificate(context, section)
-    return context
-
-
-def load_certificate(context: ssl.SSLContext, section: config.ServerTLS) -> None:
-    """Read a listener's files, at the start and again on a reload. Raises ``ConfigError``."""
-    assert section.cert is not None
     try:
         context.load_cert_chain(section.cert, section.key)
         if section.client_ca is not None:
+            context.verify_mode = ssl.CERT_REQUIRED
             context.load_verify_locations(section.client_ca)
+            # A client whose authority is no longer trusted must not go on with what it was given before.
+            context.num_tickets = 0
+            context.options |= ssl.OP_NO_TICKET
     except OSError as error:
         raise ConfigError(f"tls: {section.cert}: {error}") from error
+    return context
+
+
+class ListenerTLS:
+    """A listener's files, read again on demand: every new connection gets what is there now, old ones go on.
+
+    Not by loading them into the context that listens: what that trusts could only become more.
+    """
+
+    def __init__(self, section: config.ServerTLS) -> None:
+        """Raises ``ConfigError``, as ``load`` does."""
+        self.section = section
+        self.load()
+        self.context = self._current
+        """What to listen with."""
+        self.context.sni_callback = self._hand_over
+
+    def load(self) -> None:
+        """Read the files. What cannot be read changes nothing."""
+        current = server_tls(self.section)
+        assert current is not None
+        self._current = current
+
+    def _hand_over(self, connection: ssl.SSLObject, name: str | None, listening: ssl.SSLContext) -> None:
+        connection.context = self._current
 
 
 def _outside(kind: str, options: dict[str, Any]) -> Policy:

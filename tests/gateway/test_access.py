@@ -9,6 +9,7 @@ from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import orjson
 import pytest
 import yaml
@@ -17,7 +18,7 @@ from click.testing import CliRunner
 from elis_gateway.access import Door, hashed, new_key
 from elis_gateway.cli import cli
 from elis_gateway.config import ApiKey, Limits, from_mapping
-from elis_gateway.errors import ClientError
+from elis_gateway.errors import ClientError, ConfigError
 from elis_gateway.sim.server import ServerConfig
 from elis_gateway.tasks import spawn
 from tests.gateway.world import AT_ONCE, CHAT, COMPLETIONS, World, paced, read_until, until, world
@@ -335,6 +336,36 @@ async def test_tls_on_both_listeners_and_certificates_read_again(certificates: P
         writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert b"200" not in await reader.read(100)
         writer.close()
+
+
+async def test_an_authority_that_is_replaced_is_trusted_no_more(certificates: Path, tmp_path: Path) -> None:
+    trusted = tmp_path / "clients.pem"
+    tls = {"cert": str(certificates / "one.pem"), "key": str(certificates / "one.key"), "client_ca": str(trusted)}
+
+    def client(name: str) -> ssl.SSLContext:
+        context = ssl.create_default_context(cafile=str(certificates / "one.pem"))
+        context.load_cert_chain(certificates / f"{name}.pem", certificates / f"{name}.key")
+        return context
+
+    async def let_in(w: World, context: ssl.SSLContext) -> bool:
+        async with aiohttp.ClientSession() as session:
+            try:
+                async with session.get(w.url.replace("http:", "https:") + "/health", ssl=context) as response:
+                    return response.status == 200
+            except (aiohttp.ClientError, OSError):
+                return False
+
+    trusted.write_bytes((certificates / "one.pem").read_bytes())
+    async with world(server={"tls": tls}) as w:
+        old, new = client("one"), client("two")
+        assert (await let_in(w, old), await let_in(w, new)) == (True, False)
+        trusted.write_bytes((certificates / "two.pem").read_bytes())
+        await w.gateway.reload()
+        assert (await let_in(w, old), await let_in(w, new)) == (False, True)
+        trusted.write_text("nothing that could be read")
+        with pytest.raises(ConfigError, match="tls"):
+            await w.gateway.reload()
+        assert (await let_in(w, old), await let_in(w, new)) == (False, True)
 
 
 def test_the_command_makes_a_key_that_its_lines_let_in() -> None:
