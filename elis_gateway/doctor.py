@@ -22,7 +22,7 @@ from typing import Any
 import orjson
 
 from elis_gateway import config
-from elis_gateway.errors import UpstreamError, UpstreamRefused
+from elis_gateway.errors import UpstreamError, UpstreamRefused, UpstreamUnavailable
 from elis_gateway.tasks import spawn
 from elis_gateway.upstream.base import Capabilities
 from elis_gateway.upstream.http import HttpUpstream
@@ -218,6 +218,9 @@ async def _ramp(upstream: HttpUpstream, found: Findings) -> None:
         try:
             running = await _while_all_run(upstream, bodies, calls, deadline)
         except (UpstreamError, TimeoutError) as error:
+            if isinstance(error, UpstreamUnavailable) and not found.tried:
+                # Not one call: what else would be said of it would be said of nothing.
+                raise
             found.notes.append(f"The ramp ended at {at_once} calls at once: {str(error) or 'it took too long'}.")
             return
         found.tried = at_once
@@ -250,18 +253,28 @@ async def _while_all_run(
     upstream: HttpUpstream, bodies: list[dict[str, Any]], calls: list[_Streamed], deadline: float
 ) -> int:
     """How many calls had begun when the first one ended. The rest is let go."""
-    tasks = [spawn(_stream(upstream, b, c), name="doctor") for b, c in zip(bodies, calls, strict=True)]
+    tasks = [spawn(_tried(upstream, b, c), name="doctor") for b, c in zip(bodies, calls, strict=True)]
     try:
         async with asyncio.timeout(max(deadline - _now(), 1.0)):
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
-            task.result()
+            if (error := task.result()) is not None:
+                raise error
         first = min(c.ended for c, task in zip(calls, tasks, strict=True) if task in done and c.ended is not None)
         return sum(call.started is not None and call.started < first for call in calls)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _tried(upstream: HttpUpstream, body: dict[str, Any], into: _Streamed) -> UpstreamError | None:
+    """A streamed call; what went wrong is told once, not by every call of the ramp."""
+    try:
+        await _stream(upstream, body, into)
+    except UpstreamError as error:
+        return error
+    return None
 
 
 async def _seam(upstream: HttpUpstream, found: Findings) -> None:

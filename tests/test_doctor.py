@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from elis_gateway import doctor
 from elis_gateway.cli import cli
 from elis_gateway.config import Upstream, from_mapping
+from elis_gateway.errors import UpstreamUnavailable
 from elis_gateway.sim.engine import EngineModel
 from elis_gateway.sim.faults import Fault
 from elis_gateway.sim.server import ServerConfig, SimServer
@@ -73,6 +74,14 @@ def test_an_engine_that_never_answers_chats_is_still_examined() -> None:
     found = examined(engine(1, token_ids=False), fault=hanging)
     assert "Chats are not served: no answer in time." in found.notes
     assert found.slots == 1
+
+
+def test_an_engine_that_dies_on_the_way_is_one_that_does_not_answer(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(UpstreamUnavailable):
+        examined(
+            engine(1, token_ids=False), fault=Fault("reset", times=None, path="/v1/completions"), continuation="off"
+        )
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_one_engine_or_several_behind_one_address() -> None:
