@@ -81,7 +81,7 @@ class Job:
     __slots__ = (
         "arrival", "attained", "avoid", "cause", "disturbed", "due", "entry", "estimate", "estimate_at", "failures",
         "finished", "first_run", "first_token", "held", "home", "outcome", "pool", "preemptions", "ready_since",
-        "served", "slice", "slices", "spec", "state", "waited",
+        "seams", "served", "slice", "slices", "spec", "state", "waited",
     )  # fmt: skip
 
     def __init__(self, spec: JobSpec, arrival: float, pool: Pool | None = None) -> None:
@@ -115,6 +115,8 @@ class Job:
         """Seconds spent READY so far."""
         self.served = 0.0
         """Seconds its slices held a slot."""
+        self.seams = 0
+        """Times it went on after an interruption or a window's end; a call that never began is none."""
         self.disturbed = 0
         """Continuations of others that began beside its slices."""
         self.first_run: float | None = None

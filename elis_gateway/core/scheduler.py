@@ -156,6 +156,8 @@ class Scheduler:
             job.avoid = None
             if job.first_token is None:
                 job.first_token = now
+            elif not running.started and running.base:
+                job.seams += 1
         job.attained = result.attained
         job.slice = None
         if result.limit is not None and result.limit != job.spec.limit:
@@ -358,7 +360,7 @@ class Scheduler:
         """Tell first-come's shadow what the job turned out to need: its slot time without the seams our order cost,
         its own and, where a prompt holds up everybody's decoding, those of others beside it."""
         pool = job.pool
-        seams = max(job.slices - 1, 0) * self.room.seam_tokens * pool.seconds_per_token
+        seams = job.seams * self.room.seam_tokens * pool.seconds_per_token
         stalls = job.disturbed * pool.stall.value
         pool.shadow.over(job, max(job.served - seams - stalls, 0.0))
 

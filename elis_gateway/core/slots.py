@@ -232,12 +232,11 @@ class Slots:
             upstream.closing += 1
         if job.first_token is None:
             job.first_token = now
-        elif (
-            self._config.seam_cost is None
-            and (slot_at := running.slot_at if running.queued else running.sent) is not None
-        ):
-            self._room.seam_took(now - slot_at, job.pool)
-        if job.slices > 1:
+        else:
+            job.seams += 1
+            slot_at = running.slot_at if running.queued else running.sent
+            if self._config.seam_cost is None and slot_at is not None:
+                self._room.seam_took(now - slot_at, job.pool)
             # Its own beginning disturbs the others, not itself.
             upstream.continued += 1
             running.calm += 1

@@ -338,6 +338,7 @@ class TestEngineOrdered:
         b = s.scheduler.jobs["b"]
         s.at(410.0).finish("b", 190)
         assert b.served == pytest.approx(190.0)
+        assert (b.slices, b.seams) == (2, 0), "the first of its calls never began"
 
     def test_the_seam_is_learned_from_when_the_engine_had_a_slot(self):
         s = Stage(overcommit=1, seam_cost=None)
