@@ -27,7 +27,7 @@ EVERYBODY = "*"
 """The name under which all models together are scored."""
 _JOBS = 200
 _LEAST = 50
-_EVERY = 16
+_EVERY = 32
 _MODELS = 200
 _ERRORS = 2.0
 

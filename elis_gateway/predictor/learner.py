@@ -80,7 +80,7 @@ _PENALTY_REDUCED = 600.0
 """Rows at which data and belief weigh the same, for an input of variance 1. Chosen on validation prompts."""
 _RENEW = 0.1
 """Share of new answers after which a line, a slope or a table is made anew. At half of it tau is 0.001 better."""
-_WAITING = 32
+_WAITING = 64
 """Moments that wait for the matrix product that takes them all, at most."""
 _UNIT = 1e9
 """How large a growing unit may become."""
@@ -402,14 +402,14 @@ class _Level:
             target, counts = spreads[kind].learn(line, true, complete, weight, share)
             self.weights.append(counts * self.unit)
             self.targets.append(target)
-        self.waiting.extend(rows)
-        if len(self.waiting) >= _WAITING:
+        self.waiting.append(rows)
+        if len(self.weights) >= _WAITING:
             self.gather()
 
     def gather(self) -> None:
         """Take what waits into the moments."""
         if self.waiting:
-            inputs = np.array(self.waiting)
+            inputs = np.concatenate(self.waiting)
             # Single precision: rounding is nothing beside what an answer's length owes to chance.
             weighted = (inputs * np.array(self.weights, dtype=np.float32)[:, None]).T
             self.moments += weighted @ inputs

@@ -256,7 +256,7 @@ def test_a_job_of_a_thousand_windows_teaches_as_much_as_one_of_sixteen() -> None
     learner = Learner(FEATURES, REDUCED)
     made = [learner.predict("m", "a", sight) for sight in sights(np.zeros(REDUCED), 50_000)]
     learner.learn("m", "a", made, 50_000, complete=True)
-    assert len(learner._all.waiting) <= 16
+    assert len(learner._all.weights) <= 16
 
 
 @settings(max_examples=60, deadline=None)
