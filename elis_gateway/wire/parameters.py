@@ -313,9 +313,10 @@ def _stops(body: Mapping[str, Any], way: Way) -> str | None:
 
 def _draws(body: Mapping[str, Any], way: Way) -> str | None:
     """Parameters of the choice of a token that keep their meaning only here and there."""
-    temperature = body.get("temperature")
-    if body.get("seed") is not None and not (type(temperature) in (int, float) and temperature == 0):
-        return "seed"  # the generator starts again in each call: the same draws again
+    temperature, seed = body.get("temperature"), body.get("seed")
+    if seed is not None and not (type(seed) is int and type(temperature) in (int, float) and temperature == 0):
+        # The generator starts again in each call: the same draws again. Beyond 64 bits it would be sent as a float.
+        return "seed"
     if way is Way.LLAMA:
         return None  # its penalties count prompt and answer alike
     presence, frequency = body.get("presence_penalty"), body.get("frequency_penalty")

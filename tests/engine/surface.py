@@ -170,9 +170,12 @@ CASES: tuple[Case, ...] = (
 )
 
 
-ENDLESS = frozenset({"max-tokens-huge", "max-tokens-negative", "max-tokens-text", "prompt-long", "prompts-long"})
-"""Cases that vLLM refuses and llama.cpp answers, to the end of its context."""
-HALF = frozenset(f"{name}/completions" for name in ("emoji", "flags", "korean", "stop-multi-byte"))
+ENDLESS = frozenset(
+    {"max-tokens-huge", "max-tokens-negative", "max-tokens-text", "max-tokens-0", "default-limit", "no-limit",
+     "echo-alone", "prompt-long", "prompts-long"}
+)  # fmt: skip
+"""Cases that vLLM refuses, or ends, and llama.cpp answers to the end of its context."""
+HALF = frozenset({"korean/chat", *(f"{name}/completions" for name in ("emoji", "flags", "korean", "stop-multi-byte"))})
 """Requests whose answer llama.cpp may end with half a character, which it shows in whole completions and in no stream;
 an answer of several calls shows it if its last call is a whole completion."""
 

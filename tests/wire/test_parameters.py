@@ -10,6 +10,8 @@ import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
+from elis_gateway.wire.continuation import Answer, Mode
+from elis_gateway.wire.openai import Route, parse
 from elis_gateway.wire.parameters import CARRIED, PARAMETERS, Kind, Way, carried, unsliceable
 
 STORED = orjson.loads((Path(__file__).parent / "vllm_0_32_parameters.json").read_bytes())
@@ -156,3 +158,9 @@ def test_several_prompts(prompt: Any) -> None:
 @pytest.mark.parametrize("prompt", [None, 3, [], [True], {"a": 1}, [None]])
 def test_prompts_we_cannot_read(prompt: Any) -> None:
     assert completion(prompt=prompt) == "prompt"
+
+
+def test_a_seed_that_json_cannot_carry_reaches_the_engine_as_it_was_written() -> None:
+    raw = b'{"model":"served","prompt":"x","temperature":0,"stream":true,"seed":1180591620717411303424}'
+    answer = Answer(parse(Route.COMPLETIONS, raw), Mode.IDS)
+    assert (answer.reason, answer.call(None, model="served").body) == ("seed", raw)
