@@ -131,7 +131,7 @@ class _Connection(web.RequestHandler):
     ) -> web.StreamResponse:
         """The response for what no handler answered; the connection closes after it."""
         error: GatewayError
-        if isinstance(exc, ConnectionError):
+        if isinstance(exc, ConnectionError) and (request.transport is None or request.transport.is_closing()):
             # The client went while its handler wrote. aiohttp knows what to do with this one.
             raise ConnectionError("the client is gone") from exc
         if status < 500:
