@@ -335,7 +335,8 @@ def _draws(body: Mapping[str, Any], way: Way) -> str | None:
     if bias is not None and not (
         isinstance(bias, dict)
         and all(
-            token.isdigit() and type(value) in (int, float) and -100 <= value <= 100 for token, value in bias.items()
+            token.isascii() and token.isdigit() and type(value) in (int, float) and -100 <= value <= 100
+            for token, value in bias.items()
         )
     ):
         return "logit_bias"

@@ -23,6 +23,11 @@ MOST = 64
 """More choices than this are left to the engine: one request must not fill the queue."""
 
 
+_MOST_BYTES = 64 * 1024 * 1024
+"""Bytes of all parts together: each carries the whole conversation."""
+_LARGEST_SEED = 2**63
+
+
 def split(request: Request) -> list[Request]:
     """One request per choice, in the order of their indices; none where there is one choice, or too many."""
     body = request.body
@@ -35,8 +40,10 @@ def split(request: Request) -> list[Request]:
     if n > 1 and body.get("temperature") == 0:
         return []  # vLLM refuses equal choices, in its own words; others would make them together
     prompts = _prompts(request)
-    if not 1 < len(prompts) * n <= MOST:
+    if not 1 < len(prompts) * n <= MOST or len(request.raw) * n > _MOST_BYTES:
         return []
+    if type(body.get("seed")) is int and body["seed"] + n > _LARGEST_SEED:
+        return []  # no number that could be sent: the engine is to say what it thinks of it
     parts = []
     for prompt in prompts:
         for choice in range(n):

@@ -73,6 +73,7 @@ HARMFUL: list[tuple[str, dict[str, Any]]] = [
     ("negative frequency_penalty", {"frequency_penalty": -1}),
     ("frequency_penalty with repetition_penalty", {"frequency_penalty": 1, "repetition_penalty": 1.1}),
     ("logit_bias", {"frequency_penalty": 1, "logit_bias": {"7": 101}}),
+    ("logit_bias", {"frequency_penalty": 1, "logit_bias": {"²": 1}}),
     ("logit_bias", {"frequency_penalty": 1, "logit_bias": {"seven": 1}}), ("prompt_logprobs", {"prompt_logprobs": 0}),
     ("seed", {"seed": 3}), ("seed", {"seed": 3, "temperature": 0.5}), ("n", {"n": 2}), ("best_of", {"best_of": 3}),
     ("bad_words", {"bad_words": ["x"]}), ("use_beam_search", {"use_beam_search": True}),

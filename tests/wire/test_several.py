@@ -30,6 +30,14 @@ def test_what_falls_apart_and_how() -> None:
     assert [part["prompt"] for part in parted(Route.COMPLETIONS, prompt=[[1], [2, 3]])] == [[1], [2, 3]]
 
 
+def test_what_would_not_fit_is_left_to_the_engine() -> None:
+    assert parted(Route.CHAT, n=2, temperature=1, seed=2**64 - 1) == []
+    assert parted(Route.CHAT, n=2, temperature=1, seed=2**63 - 1) == []
+    long = [{"role": "user", "content": "x" * 2_000_000}]
+    assert parted(Route.CHAT, n=64, temperature=1, messages=long) == []
+    assert len(parted(Route.CHAT, n=16, temperature=1, messages=long)) == 16
+
+
 @pytest.mark.parametrize("n", [0, -1, True, "2", 2.0, MOST + 1])
 def test_what_is_left_to_the_engine(n: Any) -> None:
     assert parted(Route.CHAT, n=n) == []
