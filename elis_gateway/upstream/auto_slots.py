@@ -79,13 +79,17 @@ class AutoSlots:
         evicting = self._evicted is not None and seen.evicted > self._evicted
         self._evicted = seen.evicted
         short = evicting or (seen.kv is not None and seen.kv >= _FULL)
-        if seen.waiting > 0 or short:
+        if seen.ours > self.slots:
+            # What was sent before the last cut is still there: its queue says nothing new.
+            self._calm = self._strain = 0
+            self._share = 0.0
+        elif seen.waiting > 0 or short:
             self._calm = 0
             self._strain += 1
             # Of what it runs, as much as our part of its calls; the most that was seen, for one may just have ended.
             share = seen.running * seen.ours / max(seen.running + seen.waiting, seen.ours, 1.0)
             self._share = max(self._share, share)
-            if (self._strain >= _CERTAIN or evicting) and seen.ours <= self.slots:
+            if self._strain >= _CERTAIN or evicting:
                 self._down(short=short)
         else:
             self._strain = 0

@@ -130,6 +130,8 @@ def test_a_cut_is_given_time_to_take_effect() -> None:
     assert auto.slots == 16
     for _ in range(20):
         assert not auto.look(Look(16, 8, ours=24))
+    assert not auto.look(Look(4, 12, ours=16))  # all ended at once, and the next ones begin one by one
+    assert not auto.look(Look(16, 0, ours=16))
 
 
 def test_without_gauges_the_bound_is_all_there_is() -> None:
