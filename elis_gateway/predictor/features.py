@@ -344,24 +344,29 @@ class _Lines:
     def __init__(self) -> None:
         self._at = 0
         self._before = 0
-        """Hash of the characters before that place, to know the text again."""
+        """By which the text is known again."""
         self._counts = _Counts()
 
     def read(self, text: str) -> _Counts:
         """The counts of all of ``text``; those of its complete lines are kept."""
-        if self._at and hash(text[max(self._at - _KNOWN, 0) : self._at]) != self._before:
+        if self._at and _mark(text, self._at) != self._before:
             self._at, self._counts = 0, _Counts()  # another text: from the beginning
         end = text.rfind("\n")
         while end > 0 and text[end - 1] == "\n":
             end -= 1
         if end > self._at:
             self._counts = self._counts.further(text, self._at, end)
-            self._at, self._before = end, hash(text[max(end - _KNOWN, 0) : end])
+            self._at, self._before = end, _mark(text, end)
         return self._counts.further(text, self._at, len(text))
 
 
 _KNOWN = 24
-"""Characters by which a text is known again."""
+
+
+def _mark(text: str, at: int) -> int:
+    """By which a text is known again: its characters before this place, and the newline there. Answers only grow; this
+    is for callers who would ask of another one under the same name."""
+    return hash(text[max(at - _KNOWN, 0) : at + 1])
 
 
 def _features(asked: _Prompt, answer: str, attained: int, lines: _Lines) -> list[float]:

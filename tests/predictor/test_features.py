@@ -33,14 +33,21 @@ _PIECES = (
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.lists(st.sampled_from(_PIECES), max_size=10).map("".join), max_size=10), st.sampled_from(_PIECES))
-def test_a_growing_answer_is_read_as_one_that_was_there_at_once(grown: list[str], other: str) -> None:
+@given(st.lists(st.lists(st.sampled_from(_PIECES), max_size=10).map("".join), max_size=10))
+def test_a_growing_answer_is_read_as_one_that_was_there_at_once(grown: list[str]) -> None:
     reading, answer = f.Reading("five tips in 300 words"), ""
     for more in grown:
         answer += more
         assert reading(answer, len(answer)) == f.features("five tips in 300 words", answer, len(answer))
     # Not what it was: counted from the beginning.
-    assert reading(other * 30, 9) == f.features("five tips in 300 words", other * 30, 9)
+    other = "Some {other} answer.\n\n" * 30
+    assert reading(other, 9) == f.features("five tips in 300 words", other, 9)
+
+
+def test_another_text_is_noticed_where_a_line_does_not_end() -> None:
+    reading = f.Reading("p")
+    reading("*\n", 2)
+    assert reading("*" * 60, 9) == f.features("p", "*" * 60, 9)
 
 
 def test_of_a_very_long_answer_the_beginning_is_counted_and_the_end_looked_at() -> None:
