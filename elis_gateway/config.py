@@ -90,9 +90,10 @@ class Server(Section):
     cors_origins: tuple[Name, ...] = ()
     """Origins whose pages may call this API from a browser, such as https://chat.example.com; `*` for any.
     Default: none."""
-    relay: tuple[Name, ...] = ("/v1/",)
+    relay: tuple[Name, ...] = ("/v1/", "/tokenize", "/detokenize")
     """Beginnings of the paths that are passed on to upstreams although they are not scheduled (embeddings, audio,
-    …). An engine's administration, such as /v1/load_lora_adapter, is passed on only where it is named in full."""
+    …). An engine's administration, such as /v1/load_lora_adapter, and what is not under /v1 are passed on only where
+    they are named in full."""
     tls: ServerTLS = ServerTLS()
 
 

@@ -132,7 +132,7 @@ class Handlers:
             raise MethodNotAllowed(method, allowed)
         if plain.startswith(_MODEL) and method == "GET":
             return self._model
-        if not plain.startswith("/v1/") or not self._passes(plain):
+        if not self._passes(plain):
             raise ClientError(f"unknown path {path[:200]}", code="not_found")
         if method not in _RELAYED:
             raise MethodNotAllowed(method, sorted(_RELAYED))
@@ -140,7 +140,9 @@ class Handlers:
 
     def _passes(self, plain: str) -> bool:
         """Is this path one that is relayed?"""
-        return plain in self._relayed if plain in _ADMINISTRATION else plain.startswith(self._relayed)
+        if plain in _ADMINISTRATION or not plain.startswith("/v1/"):
+            return plain in self._relayed
+        return plain.startswith(self._relayed)
 
     async def _pass_on(self, request: web.BaseRequest) -> web.StreamResponse:
         grant = self._door.who(request.headers)

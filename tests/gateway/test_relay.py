@@ -12,7 +12,7 @@ from aiohttp import ClientSession, web
 from multidict import CIMultiDict
 
 from elis_gateway.app import Gateway
-from elis_gateway.config import from_mapping
+from elis_gateway.config import Server, from_mapping
 
 
 class Engine:
@@ -30,7 +30,7 @@ class Engine:
         app = web.Application()
         app.router.add_get("/health", self._ok)
         app.router.add_get("/v1/models", self._models)
-        app.router.add_route("*", "/v1/{rest:.*}", self._echo)
+        app.router.add_route("*", "/{rest:.*}", self._echo)
         self._runner = web.AppRunner(app, auto_decompress=False)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
@@ -85,6 +85,19 @@ async def test_method_path_query_status_and_body_are_untouched() -> None:
             assert "Keep-Alive" not in response.headers
             assert await response.read() == b"\x00raw"
         assert engine.path == "/v1/files/x%2Fy?limit=3&a=%20"
+
+
+async def test_outside_v1_only_what_is_named_in_full_passes() -> None:
+    server = {"host": "127.0.0.1", "port": 0, "relay": ["/v1/", "/tokenize"]}
+    async with behind("a", server=server) as (url, [engine], session):
+        async with session.post(url + "/tokenize", json={"model": "a", "prompt": "x"}) as response:
+            assert response.status == 201
+        assert engine.path == "/tokenize"
+        for path in ("/tokenizer_info", "/tokenize/x", "/detokenize", "/sleep"):
+            async with session.post(url + path, json={"model": "a"}) as response:
+                assert response.status == 404, path
+        assert engine.path == "/tokenize"
+    assert "/detokenize" in Server().relay
 
 
 async def test_headers_of_one_hop_and_of_scheduling_do_not_pass() -> None:
