@@ -86,7 +86,10 @@ class Running:
 class Upstream:
     """One upstream's slots, its slices in flight, and the jobs whose prefix it has cached."""
 
-    __slots__ = ("_victims", "closing", "continued", "ending", "free", "info", "pools", "queue", "running", "unstarted")
+    __slots__ = (
+        "_victims", "closing", "continued", "ending", "free", "info", "pools", "queue", "running", "settling",
+        "unstarted",
+    )  # fmt: skip
 
     def __init__(self, info: UpstreamInfo) -> None:
         self.info = info
@@ -105,6 +108,8 @@ class Upstream:
         """Slices sent whose first token has not come: in prefill, or in the engine's own queue."""
         self.continued = 0
         """Continuations that have begun here, ever."""
+        self.settling = False
+        """A job has just yielded to a call in the engine's queue, and that has not begun."""
         self._victims: list[tuple[int, float, int, int, Running]] = []
 
     def serves(self, model: str) -> bool:
@@ -138,6 +143,12 @@ class Upstream:
         if waiting:
             first = min(waiting, key=lambda r: (r.slice.priority, r.slice.id)) if self.info.orders else waiting[0]
             first.slot_at = now
+
+    @property
+    def takes(self) -> bool:
+        """May another call be sent? Not to the engine's queue while a call is to take the slot of a job that yielded:
+        sent within a millisecond of it, the wrong one may be there first."""
+        return self.free > 0 and not (self.settling and self.full)
 
     @property
     def full(self) -> bool:

@@ -146,6 +146,12 @@ class Scheduler:
         upstream.ended(running)
         if upstream.info.overcommit and (running.started or tokens > 0):
             upstream.passes_on(now)
+        upstream.settling = (
+            result.end is SliceEnd.PREEMPTED
+            and running.started
+            and not upstream.info.orders
+            and any(r.queued for r in upstream.unstarted.values())
+        )
         if job.state is _DONE:
             self.jobs.pop(job.spec.id, None)
             slots.fill(upstream, now)

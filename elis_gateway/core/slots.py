@@ -156,7 +156,7 @@ class Slots:
     def fill(self, upstream: Upstream, now: float) -> None:
         """Give every free slot of ``upstream`` to the best job that may run there."""
         room = self._room
-        while upstream.free > 0:
+        while upstream.takes:
             head = room.best_for(upstream, now) or room.stray_for(upstream, self.fixed_window, now)
             if head is None:
                 if not upstream.full and (sent := room.queued_elsewhere(upstream)) is not None:
@@ -228,6 +228,7 @@ class Slots:
         running.started = True
         upstream, job = running.upstream, running.job
         upstream.unstarted.pop(running.slice.id, None)
+        upstream.settling = False
         if running.ending:
             upstream.closing += 1
         if job.first_token is None:
@@ -252,6 +253,8 @@ class Slots:
             if not running.ending:
                 upstream.offer(running, running.key)
             self._make_yield(self._room.yields_on(upstream, now))
+        if upstream.free > 0 and upstream.info.overcommit:
+            self.fill(upstream, now)
 
     def measure(self, running: Running, attained: int, now: float) -> None:
         """The slice has brought its job to so many tokens: how fast was it?"""

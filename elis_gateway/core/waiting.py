@@ -91,7 +91,7 @@ class WaitingRoom:
         """The slot a job that just became READY may take at once: its warm home, else the least loaded that pays."""
         best: Upstream | None = None
         for upstream in pool.upstreams:
-            if upstream.free <= 0 or (job.avoid is not None and self.shuns(job, upstream)):
+            if not upstream.takes or (job.avoid is not None and self.shuns(job, upstream)):
                 continue
             if upstream.info.id == job.home:
                 return upstream

@@ -244,13 +244,14 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def work_conserving(self):
-        """A free slot and a job that could use it never meet; slots held for an estimate are not free, and a job that
-        an upstream just failed is left for the others."""
+        """A free slot and a job that could use it never meet; slots held for an estimate are not free, a job that an
+        upstream just failed is left for the others, and an engine's queue is left alone while a slot changes hands."""
         if not hasattr(self, "scheduler"):
             return
         s = self.scheduler
         for upstream in s.upstreams.values():
-            if upstream.free <= 0:
+            if not upstream.takes:
+                assert upstream.free <= 0 or upstream.full
                 continue
             head = s.room.best_for(upstream, self.now)
             assert head is None or s.room.shuns(head.job, upstream)

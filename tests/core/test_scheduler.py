@@ -340,6 +340,16 @@ class TestEngineOrdered:
         assert b.served == pytest.approx(190.0)
         assert (b.slices, b.seams) == (2, 0), "the first of its calls never began"
 
+    def test_who_yields_is_not_sent_again_before_the_better_job_has_begun(self):
+        s = Stage(overcommit=1)
+        s.submit("a", 100)
+        s.started("a")
+        assert s.submit("b", 20) == ["ask b", "run b on u", "preempt a"]
+        assert s.end("a", SliceEnd.PREEMPTED, 1) == [], "it might be there before b"
+        assert s.submit("c", 60) == ["ask c"]
+        assert s.started("b") == ["run c on u"]
+        assert s.finish("b", 20) == ["completed b", "run a on u"]
+
     def test_the_seam_is_learned_from_when_the_engine_had_a_slot(self):
         s = Stage(overcommit=1, seam_cost=None)
         s.submit("a", 100)
