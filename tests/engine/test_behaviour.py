@@ -26,7 +26,7 @@ PLAN = Prompt("plan", "List five things to pack for a rainy weekend in the mount
 @pytest.fixture(scope="module")
 def gate(vllm_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """Windows of seven tokens, and calls beyond the slots where the engine orders its queue."""
-    scheduler = {"mode": "fixed", "window": 7, "aging": "none", "overcommit": 1}
+    scheduler = {"mode": "fixed", "window": 7, "aging": "none", "overcommit": 2}
     upstream = {"url": vllm_url, "slots": 4}
     with gateway(tmp_path_factory.mktemp("gateway"), [upstream], scheduler=scheduler) as running:
         yield running
