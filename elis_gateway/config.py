@@ -190,7 +190,7 @@ class Upstream(Section):
     """Calls kept in flight beyond `slots`. Default: scheduler.overcommit."""
     engine_priority: Literal["auto", "on", "off"] = "auto"
     """Whether the engine orders its own queue by the field `priority` (vLLM: --scheduling-policy priority).
-    auto: settled by a probe of its behaviour."""
+    auto: settled by a probe of its behaviour, where more than one call is kept in hand."""
     continuation: Literal["auto", "ids", "text", "off"] = "auto"
     """How a sliced answer goes on: by token ids, by text, or not at all (one call per request). auto: ids
     where the upstream returns them, otherwise off."""
