@@ -73,7 +73,7 @@ class Running:
         """Continuations that had begun on the upstream when this slice was sent, and at the last mark."""
         self.mark_full = False
         """Every slot was taken at the last mark."""
-        self.queued = len(upstream.running) >= upstream.info.slots
+        self.queued = upstream.full
         """It was sent when every slot was taken: to the engine's own queue."""
         self.slot_at: float | None = None
         """When the engine had a slot for it, if it was queued there and that is known."""

@@ -85,7 +85,7 @@ class Slots:
         """Start a new job where a slot is free that nobody waits for: whose turn it is needs no estimate, and its
         tokens need not wait for one. False: it needs an estimate first."""
         upstream = self._room.free_upstream(job, job.pool, self.fixed_window)
-        if upstream is None or self._room.is_wanted(upstream) or len(upstream.running) >= upstream.info.slots:
+        if upstream is None or upstream.full or self._room.is_wanted(upstream):
             return False
         job.ready_since = now
         self._start(job, upstream, now, self.policy.key(job, job.pool, now))
@@ -228,7 +228,7 @@ class Slots:
         running.started = True
         upstream, job = running.upstream, running.job
         upstream.unstarted.pop(running.slice.id, None)
-        upstream.settling = False
+        settled, upstream.settling = upstream.settling, False
         if running.ending:
             upstream.closing += 1
         if job.first_token is None:
@@ -253,7 +253,7 @@ class Slots:
             if not running.ending:
                 upstream.offer(running, running.key)
             self._make_yield(self._room.yields_on(upstream, now))
-        if upstream.free > 0 and upstream.info.overcommit:
+        if settled:
             self.fill(upstream, now)
 
     def measure(self, running: Running, attained: int, now: float) -> None:
