@@ -39,10 +39,9 @@ import click
 
 from benchmarks import capacity_live
 from benchmarks.capacity import Clock, about
-from benchmarks.rows import save
+from benchmarks.rows import save, stored
 from benchmarks.studies.harness import table
 from benchmarks.validate_engine import SLOTS, capacity
-from benchmarks.validate_sockets import stored
 from benchmarks.vllm_engine import MODEL, cache
 from elis_gateway.predictor.base import View
 from elis_gateway.predictor.baselines import write_lengths

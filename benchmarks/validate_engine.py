@@ -17,7 +17,6 @@ The aim: within 10 %, or the 95 % interval over five runs or more where that is 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import tempfile
 import time
@@ -32,8 +31,8 @@ import click
 from benchmarks import capacity_live
 from benchmarks.capacity import about, requests
 from benchmarks.fitting import fit
-from benchmarks.rows import save
-from benchmarks.validate_sockets import marked, stored
+from benchmarks.rows import by_question, run_missing
+from benchmarks.validate_sockets import marked
 from elis_gateway.errors import UpstreamUnavailable
 from elis_gateway.predictor.baselines import MaxTokens
 from loadtest import make, runner
@@ -144,27 +143,16 @@ def run(
 ) -> None:
     """Make the runs that are missing, and store each."""
     question = Question(load, count, median, longest)
-    stamp = about()
-    done = {
-        (row["setting"], row["seed"])
-        for row in stored(output)
-        if row["valid"] and row["question"] == asdict(question) and row["code"] == stamp["code"]
-    }
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="elis-validate-")))
         engine = stack.enter_context(capacity_live.real(folder, SLOTS, url))
         rate = capacity(engine)
         click.echo(f"capacity {rate:.1f} tokens/s")
-        for seed in range(seeds):
-            work = question.work(seed, rate)
-            for name in NAMES if seed % 2 == 0 else NAMES[::-1]:
-                for _ in range(tries if (name, seed) not in done else 0):
-                    row = measure(folder, engine, work, name, seed)
-                    row = {"question": asdict(question), "setting": name, "seed": seed, "capacity": rate, **row}
-                    save(output, {**row, **stamp})
-                    tell(row)
-                    if row["valid"]:
-                        break
+
+        def one(name: str, seed: int) -> dict[str, Any]:
+            return {"capacity": rate, **measure(folder, engine, question.work(seed, rate), name, seed)}
+
+        run_missing(output, asdict(question), about(), NAMES, seeds, tries, one, tell)
     summary(output)
 
 
@@ -184,10 +172,7 @@ def report(output: Path) -> None:
 
 
 def summary(path: Path) -> None:
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in stored(path):
-        groups.setdefault((json.dumps(row["question"]), row["code"]), []).append(row)
-    for (question, code), rows in groups.items():
+    for (question, code), rows in by_question(path).items():
         click.echo(f"{question}, code {code}: {len(rows)} runs, {sum(not row['valid'] for row in rows)} invalid")
         for name in NAMES:
             ratios = [row["ratio"] for row in rows if row["setting"] == name and row["valid"]]

@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -34,7 +35,7 @@ import click
 import orjson
 
 from benchmarks.capacity import about
-from benchmarks.rows import save
+from benchmarks.rows import by_question, run_missing
 from elis_gateway.predictor.baselines import MaxTokens
 from elis_gateway.sim.model import EngineModel
 from loadtest import make, runner
@@ -221,12 +222,6 @@ def measure(folder: Path, at: str, question: Question, name: str, seed: int) -> 
 # ---- many runs ------------------------------------------------------------------------------------------------------
 
 
-def stored(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 @click.group(help=__doc__.split("\n")[0])
 def main() -> None:
     pass
@@ -243,24 +238,11 @@ def main() -> None:
 def run(seeds: int, requests: int, load: float, slots: int, pace: float, tries: int, output: Path) -> None:
     """Make the runs that are missing, and store each."""
     question = Question(slots, pace, load, requests)
-    stamp = about()
-    done = {
-        (row["setting"], row["seed"])
-        for row in stored(output)
-        if row["valid"] and row["question"] == asdict(question) and row["code"] == stamp["code"]
-    }
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="elis-validate-")))
         at = stack.enter_context(embedded(folder, question.engine()))
-        for seed in range(seeds):
-            for name in NAMES if seed % 2 == 0 else NAMES[::-1]:
-                for _ in range(tries if (name, seed) not in done else 0):
-                    row = measure(folder, at, question, name, seed)
-                    row = {"question": asdict(question), "setting": name, "seed": seed, **row, **stamp}
-                    save(output, row)
-                    tell(row)
-                    if row["valid"]:
-                        break
+        one = partial(measure, folder, at, question)
+        run_missing(output, asdict(question), about(), NAMES, seeds, tries, one, tell)
     summary(output)
 
 
@@ -281,10 +263,7 @@ def report(output: Path) -> None:
 
 
 def summary(path: Path) -> None:
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in stored(path):
-        groups.setdefault((json.dumps(row["question"]), row["code"]), []).append(row)
-    for (question, code), rows in groups.items():
+    for (question, code), rows in by_question(path).items():
         invalid = sum(not row["valid"] for row in rows)
         click.echo(f"{question}, code {code}: {len(rows)} runs, {invalid} invalid")
         for name in NAMES:
