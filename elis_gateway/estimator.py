@@ -5,7 +5,8 @@ Predictors may be anybody's code: one that raises, or answers nonsense, costs es
 
 An estimate that nobody waits for comes after the upstream call it is about has been sent, and only while predicting
 takes little of the event loop's time: of thousands of short answers a second that never queue, most need none. Which
-ones get one is decided when they arrive, so that a predictor that learns sees a fair sample of lengths.
+ones get one is decided when they arrive, so that a predictor that learns, from those alone, sees a fair sample of
+lengths.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ __all__ = ["Estimator"]
 
 _log = logging.getLogger("elis_gateway.jobs")
 
-_SHARE = 0.1
-"""Of the event loop's time, for estimates that nobody waits for and for learning."""
+_SHARE = 0.03
+"""Of the event loop's time, for estimates that nobody waits for and for learning: some 100 answers a second, more than
+an engine of long answers gives; of thousands of short ones, a sample does."""
 _SAVED = 0.02
 """Seconds of it that may be saved up and then spent at once."""
 
@@ -68,12 +70,15 @@ class Estimator:
         if predictor is None:
             self._answered(flight, job, None, 0.0)
             return
+        free = self._allowance.left(now := self._stopwatch()) > 0.0
+        if flight.sampled is None:
+            flight.sampled = pressing or free
         if pressing:
             self._estimate(flight, job, _view(flight, job, predictor), predictor)
             if self._skipped:
                 # What runs is compared with what waits from now on.
                 self._loop.call_soon(self._catch_up)
-        elif self._allowance.left(now := self._stopwatch()) > 0.0:
+        elif free:
             # Not before the upstream call that was just decided has been sent: that is a task which begins first.
             self._skipped.pop(job.spec.id, None)
             self._allowance.spend(self._cost, now)
@@ -117,7 +122,9 @@ class Estimator:
     def learn(self, flight: Flight, job: Job) -> None:
         """The job is over. An answer that was cut off, by whatever, is a lower bound."""
         self._skipped.pop(job.spec.id, None)
-        if self._predictor is not None and job.first_run is not None:
+        # Of what was ever estimated the predictor keeps a trace until it hears of the end.
+        heard = flight.sampled or flight.estimates
+        if self._predictor is not None and heard and job.first_run is not None:
             complete = job.outcome is Outcome.COMPLETED and flight.answer.finish_reason != "length"
             try:
                 began = self._stopwatch()

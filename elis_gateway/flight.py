@@ -40,7 +40,7 @@ class Flight:
 
     __slots__ = (
         "answer", "channel", "class_name", "client", "credentials", "describe", "error", "estimates", "first_estimate",
-        "headers", "heard", "job", "legs", "refining", "renew", "request", "spec", "trace",
+        "headers", "heard", "job", "legs", "refining", "renew", "request", "sampled", "spec", "trace",
     )  # fmt: skip
 
     def __init__(
@@ -78,6 +78,8 @@ class Flight:
         self.trace: object = None
         """The tracer's, who alone knows what it is."""
         self.refining = False
+        self.sampled: bool | None = None
+        """The predictor is to learn from this answer; None: not decided yet."""
         self.renew: Callable[[], Answer] | None = None
         """Makes the answer anew before the first call, where it was made before any upstream was known."""
 

@@ -219,7 +219,10 @@ class Handlers:
 
     async def _body(self, request: web.BaseRequest) -> bytes:
         """The request's body. Raises ``ClientError`` where it takes too long to come."""
-        if request.content.is_eof() or self._body_timeout <= 0:
+        content = request.content
+        if content.is_eof() and content.total_bytes <= request.client_max_size:
+            return content.read_nowait()  # it came with its head, as most do
+        if content.is_eof() or self._body_timeout <= 0:
             return await request.read()
         try:
             async with asyncio.timeout(self._body_timeout):

@@ -6,7 +6,9 @@ Knows: which facts of a job tell a person what happened to it. Never: metrics, f
 from __future__ import annotations
 
 import logging
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -74,6 +76,22 @@ def _facts(flight: Flight, job: Job, finished: float) -> dict[str, Any]:
     }
 
 
+class _Line(logging.LogRecord):
+    """A record of one line per job: without the search for its caller, of which nobody is told."""
+
+    def __init__(self, line: str, job: str, facts: Callable[[], dict[str, Any]]) -> None:
+        now = time.time()
+        self.__dict__.update(_PLAIN)
+        self.msg = line
+        self.created = now
+        self.msecs = now % 1.0 * 1000.0
+        self.job = job
+        self.facts = facts
+
+
+_PLAIN = vars(logging.LogRecord(_log.name, logging.INFO, "", 0, "", None, None))
+
+
 class Journal(Observer):
     """An observer that remembers the last finished jobs and logs each."""
 
@@ -95,11 +113,7 @@ class Journal(Observer):
                 f"in {job.finished - job.arrival:.3f} s, waited {job.waited:.3f} s, {job.slices} slices, "
                 f"{job.preemptions} preemptions"
             )
-            # A line per job: without the search for its caller, which nobody is told.
-            record = logging.LogRecord(_log.name, logging.INFO, "", 0, line, None, None)
-            record.job = job.id
-            record.facts = partial(_facts, flight, job, job.finished)
-            _log.handle(record)
+            _log.handle(_Line(line, job.id, partial(_facts, flight, job, job.finished)))
 
     def get(self, job_id: str) -> dict[str, Any] | None:
         """The story of a finished job, as long as it is remembered."""

@@ -21,7 +21,7 @@ import aiohttp
 from multidict import CIMultiDict
 from yarl import URL
 
-from elis_gateway import config
+from elis_gateway import __version__, config
 from elis_gateway.errors import ConfigError, UpstreamError, UpstreamRefused, UpstreamUnavailable
 from elis_gateway.upstream.base import Capabilities
 from elis_gateway.upstream.patience import Patience
@@ -72,7 +72,15 @@ class HttpUpstream:
         self._well = well
         self._client: aiohttp.ClientSession | None = None
         self._urls: dict[str, URL] = {}
-        self._headers = CIMultiDict({"Content-Type": "application/json", "Accept-Encoding": "identity"})
+        # All that aiohttp would add is said here: leaving things out costs it more than looking that they are there.
+        self._headers = CIMultiDict(
+            {
+                "Content-Type": "application/json",
+                "Accept": "*/*",
+                "Accept-Encoding": "identity",
+                "User-Agent": f"elis-gateway/{__version__}",
+            }
+        )
         if (key := _api_key(settings.api_key_env)) is not None:
             self._headers["Authorization"] = f"Bearer {key}"
         if settings.data_parallel_rank is not None:
@@ -101,7 +109,6 @@ class HttpUpstream:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=timeouts.connect or None),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
-            skip_auto_headers=("User-Agent", "Accept"),
             read_bufsize=_READ_BUFFER,
             max_line_size=_HEADER_LIMIT,
             max_field_size=_HEADER_LIMIT,
@@ -283,6 +290,8 @@ class HttpSession:
                 size += len(data)
                 if size > _ANSWER_LIMIT:
                     raise self._broken("garbage", "the answer does not end")
+                if content.at_eof():
+                    break
         except (asyncio.CancelledError, aiohttp.ClientError, OSError) as error:
             if (ours := self._ours(error)) is None:
                 raise
@@ -373,7 +382,8 @@ class HttpSession:
             # The first byte is here: from now on the shorter patience counts.
             self._first = silence
             self._unwatch()
-            self._watch(self._upstream.patience.inter_token())
+            if self._content is not None and not self._content.at_eof():
+                self._watch(self._upstream.patience.inter_token())
             self._upstream.begun()
         elif silence > self._gap:
             self._gap = silence

@@ -142,6 +142,7 @@ class Relay:
                 data=data,
                 headers=headers,
                 allow_redirects=False,
+                skip_auto_headers=("User-Agent", "Accept"),
                 timeout=timeout,
             )
             if answer.status in (429, 503):
