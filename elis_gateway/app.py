@@ -55,8 +55,8 @@ _FLUSH = 2.0
 _ORDERING = ("policy", "aging", *build.WINDOWS)
 """Keys of the scheduler's section that decide who goes next and for how long; they change while serving."""
 _COLLECT = (10_000, 20, 20)
-"""The garbage collector's thresholds. A request makes some hundred objects that live as long as it does; by Python's own
-(700, 10, 10) every other one is looked through several times, which is 7 % of what an unstreamed request costs."""
+"""The garbage collector's thresholds. A request makes some hundred objects that live as long as it does; by Python's
+own (700, 10, 10) every other one is looked through several times: 7 % of what an unstreamed request costs."""
 _LINGER = 1.0
 """Seconds in which the rest of a refused body is still read, so that its sender gets to see the refusal."""
 
