@@ -6,7 +6,8 @@ Three figures, each a mean over the run:
 
 - *step*: seconds between two tokens of a call, by how many calls decoded then, where no other call began meanwhile;
 - *stall*: how much longer such a gap is where one did, per prompt token that the beginning call had to compute;
-- *seam*: what a call takes to its first token beyond that, in decoded tokens. The way there and back is in it.
+- *seam*: what a call takes to its first token beyond that, in decoded tokens. The way there and back is in it; what a
+  call waited in the engine's own queue, sent before a slot was free, is not: it counts from when one was.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def fit(rows: Sequence[Row], *, slots: int, block: int) -> Fit:
     computed = fmean(call.computed for call in calls)
     prefill = computed / stall if stall > 0 else None
     late = [
-        (call.first - call.sent - (call.computed / prefill if prefill else 0.0))
+        (call.first - _admitted(call, calls, slots) - (call.computed / prefill if prefill else 0.0))
         * bare.rate(running.at(call.first + aside))
         - 1
         for call in calls
@@ -110,6 +111,12 @@ def _calls(row: Row, block: int) -> Iterator[_Call]:
         computed = prompt if number == 0 else prompt - (prompt - 1) // block * block
         made += leg.tokens
         yield _Call(leg.start, leg.first, leg.end, computed)
+
+
+def _admitted(call: _Call, calls: Sequence[_Call], slots: int) -> float:
+    """When the engine could begin with it: calls in hand are sent while every slot is taken by those before them."""
+    ends = sorted(other.end for other in calls if other.first < call.first and other.end > call.sent)
+    return ends[len(ends) - slots] if len(ends) >= slots else call.sent
 
 
 def _gaps(row: Row) -> Iterator[tuple[float, float]]:

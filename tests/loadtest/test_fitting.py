@@ -19,20 +19,24 @@ ALONE, EACH, PER_PROMPT_TOKEN = 0.03, 0.004, 0.001
 """Seconds of a step: by itself, for each call in it, for each prompt token computed in it."""
 
 
-def stepping(work: Workload) -> list[Row]:
+def stepping(work: Workload, *, in_hand: bool) -> list[Row]:
     """First come, first served, as an engine that steps does it: a call that begins waits for the step to end, and its
-    prompt makes the next one longer for everybody."""
+    prompt makes the next one longer for everybody. ``in_hand``: the next call is sent before a slot is free for it."""
     rows = [Row(r.id, r.at, r.at, prompt_tokens=r.prompt_tokens, expected=r.tokens) for r in work.requests]
     waiting, batch, fresh = list(rows), [], []  # type: ignore[var-annotated]
     last: dict[str, float] = {}
     begun: dict[str, float] = {}
     free = [0.0] * SLOTS
     """When each slot came free."""
+    before = 0.0
+    """When the call before was admitted."""
     now = 0.0
     while waiting or batch:
         while waiting and free and waiting[0].sent <= now:
             row = waiting.pop(0)
-            begun[row.id] = max(row.sent, free.pop(0))
+            admitted = max(row.sent, free.pop(0))
+            begun[row.id] = max(row.sent, before) if in_hand else admitted
+            before = admitted
             fresh.append(row)
         if not batch and not fresh:
             now = waiting[0].sent
@@ -65,10 +69,11 @@ def work(seed: int, count: int = 150) -> Workload:
     return Workload(tuple(requests))
 
 
+@pytest.mark.parametrize("in_hand", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_run_is_told_by_its_own_token_times(seed: int) -> None:
+def test_a_run_is_told_by_its_own_token_times(seed: int, in_hand: bool) -> None:
     asked = work(seed)
-    rows = stepping(asked)
+    rows = stepping(asked, in_hand=in_hand)
     found = fit(rows, slots=SLOTS, block=BLOCK)
     assert set(found.gaps) == {1, 2, 3, 4}
     for batch in found.gaps:
