@@ -2,24 +2,35 @@
 """The core's speed: decisions per second, with few and with 100,000 jobs waiting, and memory per waiting job.
 
     python benchmarks/core_speed.py
+    python benchmarks/core_speed.py --beside ../another-tree --output benchmarks/results/core-speed.jsonl
 
 The driver is trivial: it performs actions at once and tells the scheduler what a perfect engine would. A job has five
 windows: in fixed windows five calls, in elastic ones one call that reports four windows and its end. *Core alone*: the
 inputs that such a run gave to the scheduler, given once more to a fresh one, which decides the same again; what making
 them costs (a driver's own work) does not count. *With the driver*: the run itself. CPU time of this process is counted,
 so that other work on the machine enters only by what it does to caches and clock rate; compare figures of one run only.
+
+``--beside``: this script on two trees, each in a process of its own, in turns; the ratio is that of turns next to each
+other, so that a machine whose speed swings takes no side. Given are its median and quartiles.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
+import json
+import os
+import platform
 import random
+import subprocess
+import sys
 import time
 import tracemalloc
 from collections import deque
 from collections.abc import Callable
-from statistics import median
+from pathlib import Path
+from statistics import median, quantiles
 from typing import Any, cast
 
 from elis_gateway.core.actions import Action, AskEstimate, Preempt, Run
@@ -32,9 +43,17 @@ from elis_gateway.predictor.baselines import NoisyOracle
 from elis_gateway.sim.engine import Engine, EngineModel
 from elis_gateway.sim.simulator import SimJob, simulate
 
+ROOT = Path(__file__).resolve().parent.parent
 WINDOW, WINDOWS = 50, 5
 TOKENS = WINDOW * WINDOWS
 SLOTS = 8
+CASES: list[tuple[str, tuple[str, str], dict[str, Any]]] = [
+    ("first-come, one call", ("elastic", "fcfs"), {}),
+    ("ISRTF, fixed windows, always re-scored", ("fixed", "isrtf"), {}),
+    ("ISRTF, elastic windows", ("elastic", "isrtf"), {}),
+    ("ISRTF, elastic, Boost aging", ("elastic", "isrtf"), {"aging": "boost"}),
+    ("the same with tail 1.25", ("elastic", "isrtf"), {"aging": "boost", "tail": 1.25}),
+]
 
 
 class Driver:
@@ -126,31 +145,44 @@ class Recorder:
         return noted
 
 
-def alone(mode: str, kind: str, waiting: int, jobs: int, *, aging: str = "none", tail: float | None = None) -> float:
-    """Jobs per CPU second of the core alone; the best of five, for only other work makes it slower."""
-    config, policy = settings(mode, kind, aging, tail)
-    prelude = Recorder(Scheduler(config, policy))
-    driver = Driver(prelude)
-    for _ in range(waiting + SLOTS):
-        driver.submit()
-    serve(driver, 200)
-    driver.core = serving = Recorder(prelude.core)
-    serve(driver, jobs)
-    figures = []
-    for _ in range(5):
-        core = Scheduler(config, policy)
-        for name, args in prelude.log:
+class Recording:
+    """A run's inputs, to be given to fresh schedulers."""
+
+    def __init__(
+        self, mode: str, kind: str, waiting: int, jobs: int, *, aging: str = "none", tail: float | None = None
+    ) -> None:
+        self.settings = settings(mode, kind, aging, tail)
+        self.jobs = jobs
+        prelude = Recorder(Scheduler(*self.settings))
+        driver = Driver(prelude)
+        for _ in range(waiting + SLOTS):
+            driver.submit()
+        serve(driver, 200)
+        driver.core = serving = Recorder(prelude.core)
+        serve(driver, jobs)
+        self.prelude, self.serving = prelude.log, serving.log
+
+    def play(self) -> float:
+        """Jobs per CPU second of the core alone."""
+        core = Scheduler(*self.settings)
+        for name, args in self.prelude:
             getattr(core, name)(*args)
-        inputs = {name: getattr(core, name) for name, _ in serving.log}
-        calls = [(inputs[name], args) for name, args in serving.log]
+        inputs = {name: getattr(core, name) for name, _ in self.serving}
+        calls = [(inputs[name], args) for name, args in self.serving]
         gc.collect()
         gc.freeze()
         begun = time.process_time()
         for call, args in calls:
             call(*args)
-        figures.append(jobs / (time.process_time() - begun))
+        took = time.process_time() - begun
         gc.unfreeze()
-    return max(figures)
+        return self.jobs / took
+
+
+def alone(mode: str, kind: str, waiting: int, jobs: int, *, aging: str = "none", tail: float | None = None) -> float:
+    """Jobs per CPU second of the core alone; the best of five, for only other work makes it slower."""
+    recording = Recording(mode, kind, waiting, jobs, aging=aging, tail=tail)
+    return max(recording.play() for _ in range(5))
 
 
 def case(
@@ -201,22 +233,105 @@ def simulated(mode: str, jobs: int) -> float:
     return jobs / (time.process_time() - begun)
 
 
+# ---- two trees in turns ----------------------------------------------------------------------------------------------
+
+SIMULATED = "simulated, "
+ONLY = os.environ.get("ONLY", "")
+
+
+def work() -> None:
+    """Reads the name of a case and a number of jobs per line, answers with jobs per CPU second."""
+    cases = {name: (setting, dials) for name, setting, dials in CASES}
+    recordings: dict[str, Recording] = {}
+    for line in sys.stdin:
+        name, jobs = json.loads(line)
+        if name.startswith(SIMULATED):
+            figure = simulated(name.removeprefix(SIMULATED), jobs)
+        else:
+            if name not in recordings:
+                setting, dials = cases[name]
+                recordings[name] = Recording(*setting, 100, jobs, **dials)
+            figure = recordings[name].play()
+        print(figure, flush=True)
+
+
+class Tree:
+    """This script at work on one tree, in a process of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--work"],
+            env={**os.environ, "PYTHONPATH": str(root.resolve())},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def turn(self, name: str, jobs: int) -> float:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([name, jobs]) + "\n")
+        self._process.stdin.flush()
+        return float(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def beside(other: Path, turns: int, jobs: int, output: Path | None) -> None:
+    new, old = Tree(ROOT), Tree(other)
+    print(f"jobs per CPU second, {old.commit} and {new.commit} in turns; medians, quartiles of {turns} ratios")
+    names = [name for name, _, _ in CASES] + [SIMULATED + mode for mode in ("fixed", "elastic")]
+    for name in [n for n in names if ONLY in n]:
+        pairs = []
+        for number in range(turns + 1):
+            order = (old, new) if number % 2 else (new, old)
+            found = {tree: tree.turn(name, jobs) for tree in order}
+            pairs.append((found[old], found[new]))
+        pairs = pairs[1:]  # the first turn has warmed both up
+        before, after = (median(column) for column in zip(*pairs, strict=True))
+        low, middle, high = quantiles([b / a for a, b in pairs], n=4)
+        best = max(b for _, b in pairs)
+        print(
+            f"{name:44}{before:9,.0f}{after:9,.0f}   best {best:7,.0f}   ratio {middle:.2f} ({low:.2f} to {high:.2f})"
+        )
+        if output is not None:
+            row = {
+                "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
+                "machine": f"{platform.machine()}, Python {platform.python_version()}",
+                "load_average": round(os.getloadavg()[0], 1),
+                "case": name, "old": old.commit, "new": new.commit, "jobs": jobs, "turns": turns,
+                "jobs_per_s": {"old": round(before), "new": round(after), "best": round(best)},
+                "ratio": {"median": round(middle, 3), "quartiles": [round(low, 3), round(high, 3)]},
+            }  # fmt: skip
+            with output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+    new.close()
+    old.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=12_000)
     parser.add_argument("--waiting", type=int, default=100_000)
+    parser.add_argument("--beside", type=Path, metavar="TREE", help="a checkout of another version to compare with")
+    parser.add_argument("--turns", type=int, default=40)
+    parser.add_argument("--output", type=Path, help="file of results of a comparison, appended to")
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.work:
+        work()
+        return
+    if args.beside is not None:
+        beside(args.beside, args.turns, min(args.jobs, 2000), args.output)
+        return
 
     print(f"jobs/s of five windows each, {SLOTS} slots, one core; 100 waiting, then {args.waiting:,}")
     print(f"{'':44}{'core alone':>18}{'with the driver':>18}{'ratio':>8}{'calls/job':>11}")
-    cases: list[tuple[str, tuple[str, str], dict[str, Any]]] = [
-        ("first-come, one call", ("elastic", "fcfs"), {}),
-        ("ISRTF, fixed windows, always re-scored", ("fixed", "isrtf"), {}),
-        ("ISRTF, elastic windows", ("elastic", "isrtf"), {}),
-        ("ISRTF, elastic, Boost aging", ("elastic", "isrtf"), {"aging": "boost"}),
-        ("the same with tail 1.25", ("elastic", "isrtf"), {"aging": "boost", "tail": 1.25}),
-    ]
-    for name, setting, dials in cases:
+    for name, setting, dials in CASES:
         core = [alone(*setting, waiting, args.jobs, **dials) for waiting in (100, args.waiting)]
         driven = [case(*setting, waiting, args.jobs, **dials) for waiting in (100, args.waiting)]
         print(f"{name:44}{core[0]:9,.0f}{core[1]:9,.0f}{driven[0][0]:9,.0f}{driven[1][0]:9,.0f}"

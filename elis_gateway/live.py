@@ -135,13 +135,13 @@ class Live(Observer):
         heads = islice(merge(*(queue.best(_QUEUE_SHOWN, now) for queue in queues)), _QUEUE_SHOWN)
         return [
             {
-                **self._job(head.job),
-                "waited": max(now - head.job.ready_since, 0.0),
-                "age": now - head.job.arrival,
-                "overdue": head.late == 0,
-                "home": head.job.home,
+                **self._job(job),
+                "waited": max(now - job.ready_since, 0.0),
+                "age": now - job.arrival,
+                "overdue": late == 0,
+                "home": job.home,
             }
-            for head in heads
+            for _, late, _, _, job in heads
         ]
 
     def _upstream(self, facts: Mapping[str, Any], now: float) -> dict[str, Any]:

@@ -18,25 +18,30 @@ class Alarms:
     Holds job ids, not jobs; an alarm of a job that is gone is dropped when it falls due.
     """
 
-    __slots__ = ("_deadlines", "_limit", "_unavailable", "_waits")
+    __slots__ = ("_deadlines", "_limit", "_unavailable", "_waits", "set")
 
     def __init__(self) -> None:
         self._waits: deque[tuple[float, str]] = deque()
         self._unavailable: deque[tuple[float, str]] = deque()
         self._deadlines: list[tuple[float, str]] = []
         self._limit = 1000
+        self.set = False
+        """Is any alarm set?"""
 
     def wait_until(self, when: float, job_id: str) -> None:
         """The job must have started by then."""
         self._waits.append((when, job_id))
+        self.set = True
 
     def capacity_until(self, when: float, job_id: str) -> None:
         """Some upstream must be up by then."""
         self._unavailable.append((when, job_id))
+        self.set = True
 
     def done_until(self, when: float, job_id: str) -> None:
         """The job must be over by then."""
         heappush(self._deadlines, (when, job_id))
+        self.set = True
 
     def forget_all_but(self, jobs: Container[str]) -> None:
         """Drop the alarms of other jobs, once most are: an alarm may be set for long after its job is over."""
@@ -50,9 +55,12 @@ class Alarms:
 
     def next(self) -> float | None:
         """The earliest alarm."""
-        if not (self._waits or self._unavailable or self._deadlines):
+        if not self.set:
             return None
         times = [q[0][0] for q in (self._waits, self._unavailable, self._deadlines) if q]
+        if not times:
+            self.set = False
+            return None
         return min(times)
 
     def due(self, now: float) -> list[tuple[str, Reason]]:

@@ -29,7 +29,8 @@ class Lengths:
 
     def add(self, tokens: int) -> None:
         """Count one complete answer. Older ones fade with a half-life of about 1,400 answers."""
-        self._counts[min(_BINS - 1, round(log2(tokens if tokens > 1 else 1) * _BINS_PER_OCTAVE))] += self._weight
+        at = round(log2(tokens) * _BINS_PER_OCTAVE) if tokens > 1 else 0
+        self._counts[at if at < _BINS else _BINS - 1] += self._weight
         self.total += self._weight
         self._weight *= 1.0005
         if self._weight > 1e12:
@@ -131,11 +132,11 @@ class Quantile:
 
     def add(self, x: float) -> None:
         at = round(log2(x if x > 1e-3 else 1e-3) / _LOG_STEP)
-        count = self._counts.get(at)
-        if count is None:
+        try:
+            self._counts[at] += self._weight
+        except KeyError:
             insort(self._bins, at)
-            count = 0.0
-        self._counts[at] = count + self._weight
+            self._counts[at] = self._weight
         self._total += self._weight
         self.count += 1
         self._weight *= self._decay

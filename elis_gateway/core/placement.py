@@ -39,6 +39,7 @@ class Running:
         "calm",
         "cold",
         "ending",
+        "id",
         "job",
         "key",
         "mark_at",
@@ -56,6 +57,7 @@ class Running:
 
     def __init__(self, slice_: Slice, upstream: Upstream, key: float, now: float) -> None:
         self.slice = slice_
+        self.id = slice_.id
         self.job: Job = slice_.job
         self.upstream = upstream
         self.key = key
@@ -87,7 +89,7 @@ class Upstream:
     """One upstream's slots, its slices in flight, and the jobs whose prefix it has cached."""
 
     __slots__ = (
-        "_victims", "closing", "continued", "ending", "free", "info", "pools", "queue", "running", "settling",
+        "_victims", "closing", "continued", "ending", "free", "full", "info", "pools", "queue", "running", "settling",
         "unstarted",
     )  # fmt: skip
 
@@ -95,6 +97,8 @@ class Upstream:
         self.info = info
         self.free = _calls(info)
         """Calls that may still be sent; a slot held for an estimate is not free. Not positive while it is down."""
+        self.full = info.slots <= 0
+        """Every slot is taken."""
         self.running: dict[int, Running] = {}
         self.queue = ReadyQueue()
         """Jobs whose prefix it has cached."""
@@ -120,18 +124,23 @@ class Upstream:
         """The upstream went up or down, or changed what it serves."""
         self.free += _calls(info) - _calls(self.info)
         self.info = info
+        self.full = len(self.running) >= info.slots
 
     def started(self, running: Running) -> None:
         """A slice was sent here."""
         self.free -= 1
-        self.running[running.slice.id] = self.unstarted[running.slice.id] = running
+        calls = self.running
+        calls[running.id] = self.unstarted[running.id] = running
+        self.full = len(calls) >= self.info.slots
 
     def ended(self, running: Running) -> None:
         """A slice is over."""
         self.free += 1
         running.version = -1
-        slice_id = running.slice.id
-        del self.running[slice_id]
+        slice_id = running.id
+        calls = self.running
+        del calls[slice_id]
+        self.full = len(calls) >= self.info.slots
         unstarted = self.unstarted.pop(slice_id, None) is not None
         if running.ending:
             self.ending -= 1
@@ -141,7 +150,7 @@ class Upstream:
         """A slot has come free: in the engine's own queue, whoever is first gets it."""
         waiting = [r for r in self.unstarted.values() if r.queued and r.slot_at is None and not r.ending]
         if waiting:
-            first = min(waiting, key=lambda r: (r.slice.priority, r.slice.id)) if self.info.orders else waiting[0]
+            first = min(waiting, key=lambda r: (r.slice.priority, r.id)) if self.info.orders else waiting[0]
             first.slot_at = now
 
     @property
@@ -149,11 +158,6 @@ class Upstream:
         """May another call be sent? Not to the engine's queue while a call is to take the slot of a job that yielded:
         sent within a millisecond of it, the wrong one may be there first."""
         return self.free > 0 and not (self.settling and self.full)
-
-    @property
-    def full(self) -> bool:
-        """Every slot is taken."""
-        return len(self.running) >= self.info.slots
 
     @property
     def load(self) -> float:
@@ -172,7 +176,7 @@ class Upstream:
         running.key = key
         running.version = version = running.version + 1
         victims = self._victims
-        heappush(victims, (-running.job.spec.rank, -key, -running.slice.id, version, running))
+        heappush(victims, (-running.job.spec.rank, -key, -running.id, version, running))
         if len(victims) > 64 and len(victims) > 4 * len(self.running):
             victims[:] = [v for v in victims if v[4].version == v[3]]
             victims.sort()
@@ -194,7 +198,7 @@ class Upstream:
         started = len(self.running) - len(self.unstarted) - self.closing
         waiting = [r for r in self.unstarted.values() if not r.ending]
         if self.info.orders:
-            waiting.sort(key=lambda r: (r.slice.priority, r.slice.id))
+            waiting.sort(key=lambda r: (r.slice.priority, r.id))
         return waiting[max(self.info.slots - started, 0) :]
 
 
@@ -250,7 +254,7 @@ class Pool:
         """Count an arrival."""
         if self._last is not None:
             self._arrived += 1
-            share = max(1.0 / self._arrived, 0.002)
+            share = 1.0 / self._arrived if self._arrived < 500 else 0.002
             self._rate += share * ((now - self._last) - self._rate)
         self._last = now
 
@@ -268,6 +272,7 @@ class Pool:
     def paced(self, seconds_per_token: float) -> None:
         """A slice ran at this pace. The pool's own moves slowly and in steps of a twentieth: were it to follow every
         measurement, two jobs of the same length would differ in their keys for no reason, and the unlucky starve."""
-        self._pace += 0.02 * (seconds_per_token - self._pace)
-        if abs(self._pace - self.seconds_per_token) > 0.05 * self.seconds_per_token:
-            self.seconds_per_token = self._pace
+        said = self.seconds_per_token
+        self._pace = pace = self._pace + 0.02 * (seconds_per_token - self._pace)
+        if abs(pace - said) > 0.05 * said:
+            self.seconds_per_token = pace

@@ -59,7 +59,7 @@ class Policy(Protocol):
         """Seconds; the waiting job with the lowest key runs next. Must depend on nothing but its arguments."""
 
 
-def remaining_tokens(job: Job, pool: PoolView, *, index: bool = False) -> float:
+def remaining_tokens(job: Job, pool: PoolView, index: bool = False) -> float:
     """Tokens left by the last estimate, counted down; at least 1, at most what is allowed.
 
     ``index``: the Gittins index in place of the mean, where the estimate has one. A job without any estimate counts as
@@ -74,8 +74,8 @@ def remaining_tokens(job: Job, pool: PoolView, *, index: bool = False) -> float:
             return float(limit - attained) if limit is not None and limit > attained else 1000.0
         left = long_answer - attained
     else:
-        left = estimate.gittins if index and estimate.gittins is not None else estimate.remaining
-        left -= attained - job.estimate_at
+        best = estimate.gittins if index else None
+        left = (estimate.remaining if best is None else best) - (attained - job.estimate_at)
     if limit is not None and left > limit - attained:
         left = float(limit - attained)
     return left if left > 1.0 else 1.0
@@ -162,7 +162,7 @@ class SJF:
         self._index = order == "gittins"
 
     def key(self, job: Job, pool: PoolView, now: float) -> float:
-        seconds = remaining_tokens(job, pool, index=self._index) * pool.seconds_per_token
+        seconds = remaining_tokens(job, pool, self._index) * pool.seconds_per_token
         return seconds if self.aging.kind == "none" else self.aging.key(job, seconds, pool)
 
 

@@ -11,26 +11,19 @@ overdue jobs of that class go first, the longest overdue before the others.
 from __future__ import annotations
 
 from heapq import heapify, heappop, heappush
-from typing import NamedTuple
+from math import inf
+from operator import itemgetter
 
 from elis_gateway.core.job import Job
 
 __all__ = ["Head", "ReadyQueue"]
 
+Head = tuple[int, int, float, int, Job]
+"""A waiting job, comparable within and between queues: class, overdue (0) before not (1), due time or key, age of
+entry, job. A plain tuple: a named one costs three times as much to make and to read."""
 
-class Head(NamedTuple):
-    """A waiting job, comparable within and between queues: class, overdue before not, due time or key, age of entry."""
-
-    rank: int
-    late: int
-    """0 when overdue, 1 when not."""
-    key: float
-    seq: int
-    job: Job
-
-
-_new_head = tuple.__new__
-"""``Head(...)`` without the detour through Python that a named tuple's constructor takes."""
+_END = (inf,)
+"""Every head comes before it."""
 
 
 class ReadyQueue:
@@ -48,9 +41,10 @@ class ReadyQueue:
         """Add ``job``, or give a waiting job a new key: ``seq`` must be larger than any before."""
         job.entry = seq
         heap = self._heap
-        heappush(heap, _new_head(Head, (job.spec.rank, 1, key, seq, job)))
+        rank = job.spec.rank
+        heappush(heap, (rank, 1, key, seq, job))
         if job.due is not None:
-            heappush(self._due, Head(job.spec.rank, 0, job.due, seq, job))
+            heappush(self._due, (rank, 0, job.due, seq, job))
         self.live += 1
         # Re-keyed jobs leave stale entries deep in the heap that popping alone never reaches.
         if len(heap) > 64 and len(heap) > 4 * self.live:
@@ -81,31 +75,34 @@ class ReadyQueue:
                 return due[0]
         return first
 
-    def best(self, count: int, now: float) -> list[Head]:
-        """The ``count`` jobs that should run next, in order, without taking them. O(count log count)."""
-        first = self.head(now)
-        if first is None:
+    def best(self, count: int, now: float, bound: tuple[float, ...] = _END) -> list[Head]:
+        """The ``count`` jobs that should run next, in order, without taking them; only those that come before
+        ``bound`` (rank, late, key). O(count log count), O(1) where few do."""
+        if self.head(now) is None:
             return []
-        found = self._walk(self._due, count, now)
-        overdue = {head.seq for head in found}
-        found += [head for head in self._walk(self._heap, count + len(found), now) if head.seq not in overdue]
+        if not self._due:
+            return self._walk(self._heap, count, now, bound)
+        found = self._walk(self._due, count, now, bound)
+        overdue = {seq for _, _, _, seq, _ in found}
+        found += [head for head in self._walk(self._heap, count + len(found), now, bound) if head[3] not in overdue]
         found.sort()
         return found[:count]
 
     @staticmethod
-    def _walk(heap: list[Head], count: int, now: float) -> list[Head]:
+    def _walk(heap: list[Head], count: int, now: float, bound: tuple[float, ...]) -> list[Head]:
         """The first ``count`` live entries of a heap, parents before children; of due times those that have passed."""
         found: list[Head] = []
-        frontier = [(heap[0], 0)] if heap else []
+        frontier = [(heap[0], 0)] if heap and heap[0] < bound else []
         while frontier and len(found) < count:
             head, at = heappop(frontier)
-            if head.late == 0 and head.key > now:
+            _, late, key, seq, job = head
+            if late == 0 and key > now:
                 # What lies below is due later still, or of a class that has to wait anyway.
                 continue
-            if head.job.entry == head.seq:
+            if job.entry == seq:
                 found.append(head)
             for child in (2 * at + 1, 2 * at + 2):
-                if child < len(heap):
+                if child < len(heap) and heap[child] < bound:
                     heappush(frontier, (heap[child], child))
         return found
 
@@ -121,9 +118,9 @@ class ReadyQueue:
 
     def jobs(self) -> list[Job]:
         """Every waiting job, oldest entry first."""
-        return [h.job for h in sorted(self._heap, key=lambda h: h.seq) if h.job.entry == h.seq]
+        return [job for _, _, _, seq, job in sorted(self._heap, key=itemgetter(3)) if job.entry == seq]
 
     def _compact(self) -> None:
         for heap in (self._heap, self._due):
-            heap[:] = [h for h in heap if h.job.entry == h.seq]
+            heap[:] = [head for head in heap if head[4].entry == head[3]]
             heapify(heap)

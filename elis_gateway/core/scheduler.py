@@ -34,7 +34,8 @@ __all__ = ["Scheduler", "SchedulerConfig"]
 
 # Looking a member up in its enum costs more than comparing it.
 _READY, _RUNNING, _ESTIMATING, _DONE = JobState.READY, JobState.RUNNING, JobState.ESTIMATING, JobState.DONE
-_FINISHED, _WINDOW = SliceEnd.FINISHED, SliceEnd.WINDOW
+_FINISHED, _WINDOW, _PREEMPTED = SliceEnd.FINISHED, SliceEnd.WINDOW, SliceEnd.PREEMPTED
+_COMPLETED = Outcome.COMPLETED
 _SEAM_TOKENS = 2.0
 """Assumed until learned; an engine on a GPU needs one or two, a small one on a CPU four."""
 
@@ -61,7 +62,7 @@ class Scheduler:
 
     def submit(self, spec: JobSpec, now: float) -> list[Action]:
         """A request arrived. Raises ValueError if its id is in use."""
-        slots = self._slots
+        slots, alarms = self._slots, self._alarms
         if spec.id in self.jobs:
             raise ValueError(f"job id {spec.id!r} is in use")
         pool = self.room.pool(spec.model, now)
@@ -73,13 +74,14 @@ class Scheduler:
             self._finish(job, Outcome.REJECTED, "queue_full", now)
             return slots.take()
         self.jobs[spec.id] = job
-        self._alarms.forget_all_but(self.jobs)
+        if alarms.set:
+            alarms.forget_all_but(self.jobs)
         pool.arrived(now)
         pool.shadow.arrived(job)
         if self.config.queue_ttl is not None:
-            self._alarms.wait_until(now + self.config.queue_ttl, spec.id)
+            alarms.wait_until(now + self.config.queue_ttl, spec.id)
         if spec.deadline is not None:
-            self._alarms.done_until(spec.deadline, spec.id)
+            alarms.done_until(spec.deadline, spec.id)
         if not slots.estimates:
             slots.enqueue(job, now)
         else:
@@ -140,14 +142,15 @@ class Scheduler:
         slots = self._slots
         running = self._slices.pop(slice_id)
         job, upstream = running.job, running.upstream
-        tokens = result.attained - running.base
+        end, attained, cause, limit = result
+        tokens = attained - running.base
         job.served += self._slot_time(running, tokens, now)
         job.disturbed += upstream.continued - running.calm
         upstream.ended(running)
         if upstream.info.overcommit and (running.started or tokens > 0):
             upstream.passes_on(now)
         upstream.settling = (
-            result.end is SliceEnd.PREEMPTED
+            end is _PREEMPTED
             and running.started
             and not upstream.info.orders
             and any(r.queued for r in upstream.unstarted.values())
@@ -156,34 +159,33 @@ class Scheduler:
             self.jobs.pop(job.spec.id, None)
             slots.fill(upstream, now)
             return slots.take()
-        slots.measure(running, result.attained, now)
-        if result.attained > running.base:
+        slots.measure(running, attained, now)
+        if tokens > 0:
             job.failures = 0
             job.avoid = None
             if job.first_token is None:
                 job.first_token = now
             elif not running.started and running.base:
                 job.seams += 1
-        job.attained = result.attained
+        job.attained = attained
         job.slice = None
-        if result.limit is not None and result.limit != job.spec.limit:
-            job.spec = job.spec._replace(limit=result.limit)
-        end = result.end
+        if limit is not None and limit != job.spec.limit:
+            job.spec = job.spec._replace(limit=limit)
         if end is _WINDOW:
             self._continue(job, upstream, now)
         elif end is _FINISHED:
-            job.pool.answered(job.attained)
-            self._finish(job, Outcome.COMPLETED, result.cause, now)
-        elif end is SliceEnd.PREEMPTED:
-            if running.started or result.attained > running.base:
+            job.pool.answered(attained)
+            self._finish(job, _COMPLETED, cause, now)
+        elif end is _PREEMPTED:
+            if running.started or tokens > 0:
                 job.preemptions += 1
-                slots.enqueue(job, now, place=False)
+                slots.enqueue(job, now, False)
             else:
                 slots.called_back(running, now)
         elif end is SliceEnd.INTERRUPTED:
-            self._interrupted(job, result.cause, now)
+            self._interrupted(job, cause, now)
         else:
-            self._finish(job, Outcome.FAILED, result.cause, now)
+            self._finish(job, Outcome.FAILED, cause, now)
         slots.fill(upstream, now)
         return slots.take()
 
@@ -304,7 +306,7 @@ class Scheduler:
     def _continue(self, job: Job, upstream: Upstream, now: float) -> None:
         """A fixed window is over and the answer goes on."""
         if not self._slots.estimates:
-            self._slots.enqueue(job, now, place=False)
+            self._slots.enqueue(job, now, False)
             return
         if self.config.rescore == "always" or self.room.is_wanted(upstream):
             # The slot is held: who gets it depends on what this job's fresh estimate says.
@@ -312,7 +314,7 @@ class Scheduler:
             self._slots.hold(job, upstream)
             self._slots.actions.append(AskEstimate(job))
         else:
-            self._slots.enqueue(job, now, place=False)
+            self._slots.enqueue(job, now, False)
             self._slots.fill(upstream, now)
             self._slots.actions.append(AskEstimate(job, False))
 
@@ -343,7 +345,7 @@ class Scheduler:
             running = self._slices[job.slice]  # type: ignore[index]
             if not running.ending:
                 running.upstream.told_to_end(running)
-                self._slots.actions.append(Abort(running.slice.id))
+                self._slots.actions.append(Abort(running.id))
         self._finish(job, outcome, cause, now)
         if held is not None:
             self._slots.fill(held, now)

@@ -28,6 +28,7 @@ __all__ = ["Shadow"]
 _MARGIN = 0.95
 _LONGEST = 0.007
 _LONGEST_MARGIN = 3.0
+_COMPLETED = Outcome.COMPLETED
 _OPEN = 10_000
 """A job that is served for ages must not keep ten thousand others from being settled."""
 
@@ -70,11 +71,12 @@ class Shadow:
 
     def over(self, job: Job, slot_time: float) -> None:
         """``job`` is over; ``slot_time``: how long it would have held a slot uncut."""
-        if not self._open or job.arrival < self._open[0].arrival:
+        waiting = self._open
+        if not waiting or job.arrival < waiting[0].arrival:
             return  # settled before its time
         self._slot_time[job.spec.id] = slot_time
-        while self._open and self._open[0].outcome is not None:
-            self._settle(self._open.popleft())
+        while waiting and waiting[0].outcome is not None:
+            self._settle(waiting.popleft())
 
     def due(self, job: Job, remaining: float, ratio: float) -> float:
         """When ``job`` must start for the promise, with ``remaining`` seconds of work left.
@@ -90,14 +92,16 @@ class Shadow:
     def _settle(self, job: Job) -> None:
         slot_time = self._slot_time.pop(job.spec.id, job.served)
         free = self._free
-        start = free[0] if free[0] > job.arrival else job.arrival
-        heapreplace(free, start + slot_time)
-        if job.outcome is not Outcome.COMPLETED or job.finished is None:
+        arrival, finished = job.arrival, job.finished
+        start = free[0] if free[0] > arrival else arrival
+        end = start + slot_time
+        heapreplace(free, end)
+        if job.outcome is not _COMPLETED or finished is None:
             return
-        response, real = start + slot_time - job.arrival, job.finished - job.arrival
+        response, real = end - arrival, finished - arrival
         self.p99.add(response)
         self.real_p99.add(real)
         self.settled += 1
-        share = max(1.0 / self.settled, 1e-4)
+        share = 1.0 / self.settled if self.settled < 10_000 else 1e-4
         self.shadow_mean += share * (response - self.shadow_mean)
         self.real_mean += share * (real - self.real_mean)

@@ -59,7 +59,7 @@ class Slots:
 
     # ---- jobs that wait ---------------------------------------------------------------------------------------
 
-    def enqueue(self, job: Job, now: float, *, place: bool = True) -> None:
+    def enqueue(self, job: Job, now: float, place: bool = True) -> None:
         """READY: straight into a free slot where there is one, else the queue. ``place`` False: the caller fills."""
         job.state = _READY
         job.ready_since = now
@@ -72,7 +72,8 @@ class Slots:
         if held is None:
             self._place(job, now, place or home is None)
             return
-        self.unhold(job)
+        job.held = None
+        held.free += 1
         if held is not home:
             self._place(job, now, True)
         elif self._goes_on(job, held, now):
@@ -94,12 +95,14 @@ class Slots:
     def _goes_on(self, job: Job, upstream: Upstream, now: float) -> bool:
         """Start ``job`` in the slot that was held for it where nobody else deserves it, without a detour through the
         queue: in fixed windows that is how most slices begin."""
-        if self._config.tail is not None or job.spec.tail is not None or job.avoid is not None or upstream.free != 1:
+        if upstream.free != 1 or job.avoid is not None or self._config.tail is not None or job.spec.tail is not None:
             return False
         key = self.policy.key(job, job.pool, now)
         head = self._room.best_for(upstream, now)
-        if head is not None and (head.late == 0 or (job.spec.rank, key) >= (head.rank, head.key)):
-            return False
+        if head is not None:
+            rank, late, best, _, _ = head
+            if late == 0 or (job.spec.rank, key) >= (rank, best):
+                return False
         self._start(job, upstream, now, key)
         return True
 
@@ -111,8 +114,8 @@ class Slots:
                 self._start(job, upstream, now, self.policy.key(job, pool, now))
                 return
         self._wait(job, now)
-        if place and self.elastic:
-            self._make_yield(self._room.yields_to(job, pool, now))
+        if place and self.elastic and (found := self._room.yields_to(job, pool, now)):
+            self._make_yield(found)
 
     def _wait(self, job: Job, now: float) -> None:
         self._push(job, self._room.queue_of(job), now)
@@ -135,8 +138,8 @@ class Slots:
         self.fill_elsewhere(job, now)
         if job.state is not _READY:
             return
-        if self.elastic:
-            self._make_yield(self._room.yields_to(job, job.pool, now))
+        if self.elastic and (found := self._room.yields_to(job, job.pool, now)):
+            self._make_yield(found)
 
     # ---- slots ------------------------------------------------------------------------------------------------
 
@@ -162,11 +165,11 @@ class Slots:
                 if not upstream.full and (sent := room.queued_elsewhere(upstream)) is not None:
                     self._make_yield([sent])
                 return
-            job = head.job
+            _, late, best, _, job = head
             if job.avoid is not None and room.shuns(job, upstream):
                 return
             room.queue_of(job).discard(job)
-            self._start(job, upstream, now, head.key if head.late else self.policy.key(job, job.pool, now))
+            self._start(job, upstream, now, best if late else self.policy.key(job, job.pool, now))
             if job.avoid is not None:
                 self.fill_elsewhere(job, now)
 
@@ -218,8 +221,8 @@ class Slots:
         self.actions.append(Run(slice_))
         if spec.conversation is not None:
             self._room.remember(job)
-        if info.overcommit and self.elastic:
-            self._make_yield(self._room.yields_on(upstream, now))
+        if info.overcommit and self.elastic and (found := self._room.yields_on(upstream, now)):
+            self._make_yield(found)
 
     # ---- slices in flight -------------------------------------------------------------------------------------
 
@@ -227,7 +230,7 @@ class Slots:
         """The slice's first token has come."""
         running.started = True
         upstream, job = running.upstream, running.job
-        upstream.unstarted.pop(running.slice.id, None)
+        upstream.unstarted.pop(running.id, None)
         settled, upstream.settling = upstream.settling, False
         if running.ending:
             upstream.closing += 1
@@ -249,19 +252,21 @@ class Slots:
             # What came before the first token was a wait, and a seam.
             running.began = running.slot_at if running.slot_at is not None else now - self._room.margin(job)
             running.calm = upstream.continued
-        if self.elastic and job.state is _RUNNING and job.spec.sliceable and job.preemptions == 0:
+        if self.elastic and job.preemptions == 0 and job.state is _RUNNING and job.spec.sliceable:
             if not running.ending:
                 upstream.offer(running, running.key)
-            self._make_yield(self._room.yields_on(upstream, now))
+            if found := self._room.yields_on(upstream, now):
+                self._make_yield(found)
         if settled:
             self.fill(upstream, now)
 
     def measure(self, running: Running, attained: int, now: float) -> None:
         """The slice has brought its job to so many tokens: how fast was it?"""
         tokens = attained - running.mark_tokens
-        if tokens >= 16 and now > running.mark_at:
+        at = running.mark_at
+        if tokens >= 16 and now > at:
             pool, upstream = running.job.pool, running.upstream
-            pace = (now - running.mark_at) / tokens
+            pace = (now - at) / tokens
             pool.paced(pace)
             continued, full = upstream.continued, upstream.full
             if full and running.mark_full:
@@ -290,7 +295,8 @@ class Slots:
         elif job.preemptions == 0 or job.attained - running.base >= self._config.window:
             # Never twice within one window of the same job.
             upstream.offer(running, key)
-            self._make_yield(self._room.yields_on(upstream, now))
+            if found := self._room.yields_on(upstream, now):
+                self._make_yield(found)
 
     def empty(self, upstream: Upstream) -> None:
         """The upstream is to be left. Slices that tell of windows end at their next one, the others now."""
@@ -311,4 +317,4 @@ class Slots:
     def _make_yield(self, slices: Iterable[Running]) -> None:
         for running in slices:
             running.upstream.told_to_end(running)
-            self.actions.append(Preempt(running.slice.id))
+            self.actions.append(Preempt(running.id))

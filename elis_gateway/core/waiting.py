@@ -125,23 +125,30 @@ class WaitingRoom:
 
     def is_wanted(self, upstream: Upstream) -> bool:
         """Does anybody wait who could run there?"""
-        return upstream.queue.live > 0 or any(pool.queue.live for pool in upstream.pools)
+        if upstream.queue.live:
+            return True
+        for pool in upstream.pools:  # noqa: SIM110 (a generator costs more than all the rest)
+            if pool.queue.live:
+                return True
+        return False
 
     def best_for(self, upstream: Upstream, now: float) -> Head | None:
         """The job that should have the next slot of ``upstream``; it stays in its queue."""
-        best = upstream.queue.head(now) if upstream.queue.live else None
+        queue = upstream.queue
+        best = queue.head(now) if queue.live else None
         for pool in upstream.pools:
-            if pool.queue.live:
-                head = pool.queue.head(now)
+            queue = pool.queue
+            if queue.live:
+                head = queue.head(now)
                 if head is not None and (best is None or head < best):
                     best = head
         return best
 
-    def nth_for(self, upstream: Upstream, n: int, now: float) -> Head | None:
-        """The job that should have the ``n``-th next slot of ``upstream``."""
-        heads = upstream.queue.best(n, now)
+    def nth_for(self, upstream: Upstream, n: int, now: float, bound: tuple[float, ...]) -> Head | None:
+        """The job that should have the ``n``-th next slot of ``upstream``, if it comes before ``bound``."""
+        heads = upstream.queue.best(n, now, bound)
         for pool in upstream.pools:
-            heads += pool.queue.best(n, now)
+            heads += pool.queue.best(n, now, bound)
         heads.sort()
         return heads[n - 1] if len(heads) >= n else None
 
@@ -152,9 +159,9 @@ class WaitingRoom:
             if other is upstream or not other.queue.live:
                 continue
             head = other.queue.head(now)
-            if head is None or head.job.spec.model not in upstream.info.models or (best is not None and best < head):
+            if head is None or head[4].spec.model not in upstream.info.models or (best is not None and best < head):
                 continue
-            if self.move_pays(head.job, window):
+            if self.move_pays(head[4], window):
                 best = head
         return best
 
@@ -200,12 +207,12 @@ class WaitingRoom:
         if upstream.free > 0 or (head := self.best_for(upstream, now)) is None:
             return ()
         victim = upstream.victim(now)
-        if victim is None or (head.late and not self._is_ahead(head, victim)):
+        if victim is None or (head[1] and not self._is_ahead(head, victim)):
             # Whoever comes after the first is not ahead either; behind an overdue job somebody may be.
             return ()
         if upstream.ending:
             # Slots about to free are spoken for by the best who wait; the next one needs a victim of its own.
-            nth = self.nth_for(upstream, upstream.ending + 1, now)
+            nth = self.nth_for(upstream, upstream.ending + 1, now, (victim.job.spec.rank, 1, victim.key))
             if nth is None:
                 return ()
             head = nth
@@ -222,7 +229,7 @@ class WaitingRoom:
                 found.append(worst)
         victim, first = upstream.victim(now), queued[0]
         if victim is not None and first not in found:
-            sent = Head(first.job.spec.rank, 1, first.key, first.slice.id, first.job)
+            sent = (first.job.spec.rank, 1, first.key, first.id, first.job)
             if self._deserves(sent, victim):
                 found.append(victim)
         return found
@@ -230,23 +237,23 @@ class WaitingRoom:
     @staticmethod
     def _is_overdue_beside(job: Job, head: Head, now: float) -> bool:
         """Would ``job``, taken back from the engine's queue, be next in line again, before ``head``?"""
-        return job.due is not None and job.due <= now and job.spec.rank == head.rank
+        return job.due is not None and job.due <= now and job.spec.rank == head[0]
 
     def _is_ahead(self, head: Head, victim: Running) -> bool:
         """Is the waiting job's key better than ``victim``'s by more than the seam costs? A higher class always is."""
+        rank, late, key, _, _ = head
         job = victim.job
-        rank = job.spec.rank
-        if head.rank != rank:
-            return head.rank < rank
+        if rank != job.spec.rank:
+            return rank < job.spec.rank
         # An overdue job is next for a slot, but evicts nobody: its key here is a due time.
-        return head.late == 1 and head.key + self.seam_tokens * job.pool.seconds_per_token < victim.key
+        return late == 1 and key + self.seam_tokens * job.pool.seconds_per_token < victim.key
 
     def _deserves(self, head: Head, victim: Running) -> bool:
         """Is it ahead by today's pace and gamma, too? The victim's key was made at those, the waiting job's when it
         came: on an engine that has become slower since, the victim would look longer than it is."""
         if not self._is_ahead(head, victim):
             return False
-        job = head.job
-        if head.rank != victim.job.spec.rank:
+        rank, _, _, _, job = head
+        if rank != victim.job.spec.rank:
             return True
         return self.policy.key(job, job.pool, job.ready_since) + self.margin(victim.job) < victim.key

@@ -166,7 +166,6 @@ class Engine:
         cached_tokens: int,
         output_tokens: int,
         now: float,
-        *,
         mark_every: int | None = None,
         priority: int = 0,
     ) -> None:
@@ -273,10 +272,10 @@ class Engine:
         return max((self._kv - self._memory) / batch, self._service)
 
     def _run_to(self, now: float) -> None:
-        while (due := self._due if self._due >= 0 else self._next()) <= now:
+        due = self._due if self._due >= 0 else self._next()
+        while due <= now:
             if due > self._at:
                 self._elapse(due)
-            self._due = -1.0
             mark, _, call = self._heap[0]
             if self._kv is not None and (full := self._memory_mark()) < mark:
                 self._service = full
@@ -284,6 +283,7 @@ class Engine:
             else:
                 self._service = mark
                 self._reach(call, due)
+            due = self._next()
         if now > self._at:
             self._elapse(now)
 
@@ -304,10 +304,11 @@ class Engine:
     def _reach(self, call: _Call, at: float) -> None:
         """A running call, top of the heap, has made ``call.target`` tokens."""
         tokens = call.target
+        output = call.output
         if not call.announced:
             call.announced = True
             self._events.append(_new_event(Event, (STARTED, call.id, tokens, at)))
-        if tokens == call.output:
+        if tokens == output:
             self._events.append(_new_event(Event, (ENDED, call.id, tokens, at)))
             heappop(self._heap)
             del self._calls[call.id]
@@ -316,11 +317,12 @@ class Engine:
             self.totals.tokens += tokens
             self._fill()
             return
-        if tokens == call.mark and call.every:
+        mark = call.mark
+        if tokens == mark and call.every:
             self._events.append(_new_event(Event, (MARK, call.id, tokens, at)))
-            call.mark += call.every
-        call.target = call.mark if call.mark < call.output else call.output
-        heapreplace(self._heap, (call.zero + call.target, call.seq, call))
+            call.mark = mark = mark + call.every
+        call.target = target = mark if mark < output else output
+        heapreplace(self._heap, (call.zero + target, call.seq, call))
 
     def _fits(self, call: _Call) -> bool:
         if self._kv is None or not self._calls:

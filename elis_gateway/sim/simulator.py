@@ -161,7 +161,7 @@ class _Life:
         """Tokens at which the answer is complete."""
         self.predictions = predictions
         self.slice: Slice | None = None
-        """In flight, or the last one."""
+        """In flight. Given up at its end: with it the job would hold itself in memory."""
         self.upstream: _Upstream | None = None
         """Where that is."""
         self.base = 0
@@ -234,7 +234,7 @@ class _Simulation:
     def _run(self) -> float:
         workload, scheduler, timers, records = self._workload, self._scheduler, self._timers, self._records
         engines = [(upstream.engine.next_event, upstream.engine) for upstream in self._upstreams.values()]
-        next_deadline = scheduler.next_deadline
+        next_deadline, deliver, perform, delay = scheduler.next_deadline, self._deliver, self._perform, self._delay
         total, index = len(workload), 0
         arrival = workload[0].arrival if total else inf
         now = 0.0
@@ -255,7 +255,15 @@ class _Simulation:
                 raise RuntimeError(f"{total - len(records)} jobs are left at {now:.3f} s and nothing will happen")
             if at > now:
                 now, idle = at, 0
-            if source is None:
+            if isinstance(source, Engine):
+                if delay:
+                    for event in source.advance(now):
+                        self._at(event.at + delay, deliver, event)
+                else:
+                    for event in source.advance(now):
+                        if actions := deliver(event, now):
+                            perform(actions, now)
+            elif source is None:
                 job = workload[index]
                 index += 1
                 arrival = workload[index].arrival if index < total else inf
@@ -264,25 +272,13 @@ class _Simulation:
                 self._arrive(job, now)
             elif source is timers:
                 _, _, act, args = heappop(timers)
-                self._perform(act(*args, now), now)
-            elif source is scheduler:
+                perform(act(*args, now), now)
+            else:
                 idle += 1
                 if idle > 10_000:
                     raise RuntimeError(f"the scheduler's next deadline stays at {deadline} s")
-                self._perform(scheduler.tick(now), now)
-            else:
-                self._advance(source, now)  # type: ignore[arg-type]
+                perform(scheduler.tick(now), now)
         return now
-
-    def _advance(self, engine: Engine, now: float) -> None:
-        events = engine.advance(now)
-        if self._delay:
-            for event in events:
-                self._at(event.at + self._delay, self._deliver, event)
-            return
-        for event in events:
-            if actions := self._deliver(event, now):
-                self._perform(actions, now)
 
     def _at(self, at: float, act: Callable[..., list[Action]], *args: object) -> None:
         self._timer_seq += 1
@@ -320,6 +316,7 @@ class _Simulation:
 
     def _end(self, life: _Life, end: SliceEnd, attained: int, now: float) -> list[Action]:
         slice_id = life.slice.id  # type: ignore[union-attr]
+        life.slice = None
         del self._flights[slice_id]
         cache = life.upstream.cache  # type: ignore[union-attr]
         if cache is not None and attained > life.base:
@@ -350,10 +347,10 @@ class _Simulation:
             if observe is not None:
                 observe(now, action)
             kind = type(action)
-            if kind is Run:
-                self._start(action.slice, now)  # type: ignore[union-attr]
-            elif kind is AskEstimate:
+            if kind is AskEstimate:
                 actions += self._estimate(action.job, now)  # type: ignore[union-attr]
+            elif kind is Run:
+                self._start(action.slice, now)  # type: ignore[union-attr]
             elif kind is Finish:
                 self._finish(action.job, now)  # type: ignore[union-attr]
             elif self._delay:
@@ -368,8 +365,8 @@ class _Simulation:
         life.slice = slice_
         life.base = job.attained
         life.upstream = self._upstreams[slice_.upstream]
-        life.sent = False
         if self._delay:
+            life.sent = False
             self._at(now + self._delay, self._arrived, slice_.id)
         else:
             self._send(life, slice_, now)
@@ -393,8 +390,8 @@ class _Simulation:
             prompt if cache is None else cache.lookup(asked.conversation or asked.id, prompt),
             left if limit is None or limit > left else limit,
             now,
-            mark_every=window,
-            priority=priority,
+            window,
+            priority,
         )
 
     def _close(self, slice_id: int, now: float) -> list[Action]:
@@ -434,8 +431,9 @@ class _Simulation:
         predictor = self._predictor
         if predictor is None:
             return self._scheduler.estimated(job.spec.id, None, now)
-        life: _Life = job.spec.payload  # type: ignore[assignment]
-        view = self._view(job, life.asked, job.attained)
+        spec, attained = job.spec, job.attained
+        life: _Life = spec.payload  # type: ignore[assignment]
+        view = self._view(job, life.asked, attained)
         estimate = predictor.instant(view)
         if predictor.refines:
             # A better answer is on its way; without an instant one the scheduler hears nothing until then.
@@ -443,8 +441,8 @@ class _Simulation:
             if estimate is None:
                 return []
         if life.predictions is not None and estimate is not None:
-            life.predictions.append((view.attained, estimate.remaining))
-        return self._scheduler.estimated(view.job_id, estimate, now)
+            life.predictions.append((attained, estimate.remaining))
+        return self._scheduler.estimated(spec.id, estimate, now)
 
     def _refined(self, life: _Life, view: View, now: float) -> list[Action]:
         assert self._predictor is not None

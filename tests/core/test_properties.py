@@ -254,7 +254,7 @@ class Machine(RuleBasedStateMachine):
                 assert upstream.free <= 0 or upstream.full
                 continue
             head = s.room.best_for(upstream, self.now)
-            assert head is None or s.room.shuns(head.job, upstream)
+            assert head is None or s.room.shuns(head[4], upstream)
 
 
 Machine.TestCase.settings = settings(max_examples=150, stateful_step_count=80, deadline=None, derandomize=True)
