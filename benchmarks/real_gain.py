@@ -208,6 +208,7 @@ def main() -> None:
 @click.option("--url", help="A vLLM that runs already (python -m benchmarks.vllm_engine serve --slots 4).")
 @click.option("--seeds", default=5, show_default=True)
 @click.option("--loads", default="0.7,0.95,burst", show_default=True)
+@click.option("--arms", default="", help="Some of the settings alone: fcfs:none,isrtf:bge ... Default: all.")
 @click.option("--prompts", "count", default=160, show_default=True, help="Recorded; half of them is asked.")
 @click.option("--requests", default=40, show_default=True, help="A run.")
 @click.option("--hours", default=6.0, show_default=True, help="Begin no run after so long.")
@@ -218,6 +219,7 @@ def run(
     url: str | None,
     seeds: int,
     loads: str,
+    arms: str,
     count: int,
     requests: int,
     hours: float,
@@ -227,6 +229,9 @@ def run(
 ) -> None:
     """Record what is not recorded, make the runs that are missing, store each."""
     clock, question, stamp = Clock(60 * hours), Question(count, requests), about()
+    wanted = [arm for arm in ARMS if not arms or ":".join(arm) in arms.split(",")]
+    if len(wanted) < arms.count(",") + bool(arms):
+        raise click.BadParameter(f"known are {','.join(map(':'.join, ARMS))}", param_hint="--arms")
     past = past or cache() / f"real-gain-{count}"
     past.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -235,7 +240,7 @@ def run(
         asked = prepare(engine, folder, past, recording, count)
         for seed in range(seeds):
             for load in loads.split(","):
-                block(engine, question, asked, load, seed, past, output, clock, stamp)
+                block(engine, question, asked, wanted, load, seed, past, output, clock, stamp)
         if clock.left <= 0:
             click.echo("the time is spent; run again to go on")
     show(output)
@@ -269,6 +274,7 @@ def block(
     engine: capacity_live.Engine,
     question: Question,
     asked: Sequence[Mapping[str, Any]],
+    arms: Sequence[tuple[str, str]],
     load: str,
     seed: int,
     past: Path,
@@ -276,11 +282,11 @@ def block(
     clock: Clock,
     stamp: Mapping[str, Any],
 ) -> None:
-    """All settings on one workload."""
+    """The settings wanted, on one workload."""
     place = {"question": asdict(question), "load": load, "seed": seed}
     same = {**place, "code": stamp["code"]}
     done = [row for row in stored(output) if all(row[key] == same[key] for key in same)]
-    left = [arm for arm in ARMS if not any((row["order"], row["known"]) == arm and row["valid"] for row in done)]
+    left = [arm for arm in arms if not any((row["order"], row["known"]) == arm and row["valid"] for row in done)]
     if not left or clock.left <= 0:
         return
     # A block that was stopped goes on with the same arrivals.
