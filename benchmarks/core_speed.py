@@ -236,7 +236,6 @@ def simulated(mode: str, jobs: int) -> float:
 # ---- two trees in turns ----------------------------------------------------------------------------------------------
 
 SIMULATED = "simulated, "
-ONLY = os.environ.get("ONLY", "")
 
 
 def work() -> None:
@@ -281,11 +280,11 @@ class Tree:
         self._process.communicate()
 
 
-def beside(other: Path, turns: int, jobs: int, output: Path | None) -> None:
+def beside(other: Path, turns: int, jobs: int, only: str, output: Path | None) -> None:
     new, old = Tree(ROOT), Tree(other)
     print(f"jobs per CPU second, {old.commit} and {new.commit} in turns; medians, quartiles of {turns} ratios")
     names = [name for name, _, _ in CASES] + [SIMULATED + mode for mode in ("fixed", "elastic")]
-    for name in [n for n in names if ONLY in n]:
+    for name in [name for name in names if only in name]:
         pairs = []
         for number in range(turns + 1):
             order = (old, new) if number % 2 else (new, old)
@@ -319,6 +318,7 @@ def main() -> None:
     parser.add_argument("--waiting", type=int, default=100_000)
     parser.add_argument("--beside", type=Path, metavar="TREE", help="a checkout of another version to compare with")
     parser.add_argument("--turns", type=int, default=40)
+    parser.add_argument("--only", default="", metavar="TEXT", help="of a comparison, the cases with this in their name")
     parser.add_argument("--output", type=Path, help="file of results of a comparison, appended to")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -326,7 +326,7 @@ def main() -> None:
         work()
         return
     if args.beside is not None:
-        beside(args.beside, args.turns, min(args.jobs, 2000), args.output)
+        beside(args.beside, args.turns, min(args.jobs, 2000), args.only, args.output)
         return
 
     print(f"jobs/s of five windows each, {SLOTS} slots, one core; 100 waiting, then {args.waiting:,}")
