@@ -7,7 +7,7 @@ and only settled jobs count. Two things follow from the figures: what the order 
 due.
 
 *Due times.* The promise ``tail: r`` is about the 99th percentile alone, so the due time is nearly the same for all: the
-job's arrival + 0.95 r x (the shadow's 99th percentile over a long memory) - the work it still needs. The 0.95 makes up
+job's arrival + 0.92 r x (the shadow's 99th percentile over a long memory) - the work it still needs. The 0.92 makes up
 for jobs that are due at the same moment. What lies beyond a 99th percentile may be late, so the 0.7 % of jobs with the
 most work, which would block many others, have three times as long; that is also the bound on what they suffer.
 Worse in the same runs (``benchmarks/tail.py``): a percentile of the recent past, because near saturation the percentile
@@ -25,7 +25,7 @@ from elis_gateway.core.lengths import Quantile
 
 __all__ = ["Shadow"]
 
-_MARGIN = 0.95
+_MARGIN = 0.92
 _LONGEST = 0.007
 _LONGEST_MARGIN = 3.0
 _COMPLETED = Outcome.COMPLETED

@@ -225,7 +225,7 @@ class WaitingRoom:
         if head is not None and upstream.free <= 0:
             others = [r for r in queued if r.job.spec.sliceable and not self._is_overdue_beside(r.job, head, now)]
             worst = max(others, key=lambda r: (r.job.spec.rank, r.key), default=None)
-            if worst is not None and self._deserves(head, worst):
+            if worst is not None and (self._is_due_before(head, worst) or self._deserves(head, worst)):
                 found.append(worst)
         victim, first = upstream.victim(now), queued[0]
         if victim is not None and first not in found:
@@ -238,6 +238,13 @@ class WaitingRoom:
     def _is_overdue_beside(job: Job, head: Head, now: float) -> bool:
         """Would ``job``, taken back from the engine's queue, be next in line again, before ``head``?"""
         return job.due is not None and job.due <= now and job.spec.rank == head[0]
+
+    @staticmethod
+    def _is_due_before(head: Head, sent: Running) -> bool:
+        """Is ``head`` overdue, and ``sent`` a call of no better class that has not begun? The next slot is the overdue
+        job's; it evicts nobody who runs, but taking back a call that waits costs nothing."""
+        rank, late, _, _, _ = head
+        return late == 0 and rank <= sent.job.spec.rank
 
     def _is_ahead(self, head: Head, victim: Running) -> bool:
         """Is the waiting job's key better than ``victim``'s by more than the seam costs? A higher class always is."""

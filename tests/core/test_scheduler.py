@@ -314,6 +314,18 @@ class TestEngineOrdered:
         assert s.end("b", SliceEnd.PREEMPTED, 0) == ["run b on u"]
         assert s.at(1.0).submit("d", 10, rank=-1) == ["ask d", "preempt b"], "classes stand above the promise"
 
+    def test_an_overdue_job_takes_the_place_of_a_call_that_has_not_begun(self):
+        s = Stage(overcommit=1, tail=1.25)
+        s.scheduler.pools["m"].shadow.p99.value = 100.0
+        s.submit("a", 15)
+        s.started("a")
+        assert s.submit("b", 20) == ["ask b", "run b on u"]
+        assert s.submit("c", 100) == ["ask c"], "longer, and not yet due"
+        # c is overdue from now on. It evicts nobody who runs, but is next for a slot: before the call in hand.
+        assert s.at(20.0).window("a", 10, 5) == ["ask a", "preempt b"]
+        assert s.end("b", SliceEnd.PREEMPTED, 0) == ["run c on u"]
+        assert s.finish("a", 15) == ["completed a", "run b on u"]
+
     def test_a_better_job_takes_the_place_of_the_call_in_hand(self):
         s = Stage(overcommit=1)
         s.submit("a", 100)
