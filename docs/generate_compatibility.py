@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from elis_gateway.wire.parameters import PARAMETERS, Parameter, Way, unsliceable
+from elis_gateway.wire.parameters import PARAMETERS, Parameter, Way, alone_at_last, unsliceable
+from elis_gateway.wire.thoughts import Count, Thinking
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -44,15 +45,21 @@ BESIDE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """What a parameter needs beside it to mean something, or to be in the better of its two cases."""
 
+THOUGHTS = "thoughts sliced"
+PARSER = Thinking(0, 1, streamed=Count.SUMMED, whole=Count.UNMARKED, waits=True)
+"""A reasoning parser of which all is known."""
+
 INTRODUCTION = """\
 # Compatibility
 
-What works against the engine works against the gateway. Each parameter has one of three fates:
+What works against the engine works against the gateway. Each parameter has one of four fates:
 
 - **sliced**: the answer may be produced by several calls and be interrupted between tokens, and its client cannot
   tell.
 - **one call**: a seam would change what the parameter means, so the request runs as one call: still queued and ordered
   by its predicted length, but not interrupted. With `X-Elis-Debug: 1` the answer says why in `X-Elis-Sliced`.
+- **thoughts sliced**: of an answer that thinks first, the thoughts are sliced, however long; what follows them is one
+  call, which begins inside them.
 - **refused**: only what the engine itself refuses, with the engine's own status and text. The gateway validates what it
   reads itself (JSON, the model's name, `stream`) and relays everything else untouched: a parameter that is not in this
   table reaches the engine as it is, in one call, because nobody has shown that it survives a seam.
@@ -62,7 +69,8 @@ What works against the engine works against the gateway. Each parameter has one 
 NOTES = """
 *vLLM*: upstreams that return token ids and take them as a prompt (0.32 and most versions before it). Log-probabilities
 of chats are sliced where ids are taken as a chat's prompt too, which the gateway finds out by asking (0.32); elsewhere
-they are one call. *reasoning chat*: a streamed chat of a vLLM (0.32) with a reasoning parser. *llama.cpp*: its server,
+they are one call. *reasoning chat*: a streamed chat of a vLLM (0.32) with a reasoning parser; of a chat that is not
+streamed the thoughts are sliced. *llama.cpp*: its server,
 by ids and texts mixed. *by text*: `continuation: text`, for servers that the operator trusts to continue a text; never
 chosen by itself.
 
@@ -81,14 +89,27 @@ chats on the chat route, with the ids so far as the prompt, so that the engine p
   three were not (`inkling`, `minimax_m2_append_think`, `olmo3`), which the probe refuses; seven could not be made for
   the tokenizer used (`benchmarks/parser_seams.py`, `benchmarks/results/parser-seams.json`; the parsers alone, without a
   model). What a parser holds back at a seam, such as a blank or the beginning of a mark, is worked out from the tokens
-  and put in front of what follows. One call remain: whole documents (their parser may cut blanks otherwise),
-  usage (`reasoning_tokens` are counted over the tokens of one call), stop strings, log-probabilities, hidden reasoning.
+  and put in front of what follows. One call remain: stop strings (they may stand in marks, which no delta shows),
+  log-probabilities and token ids (a token whose text is held back has been told and cannot be taken back), special
+  tokens shown, running usage, hidden reasoning.
+- **After the thoughts**: where tools may be called, where a grammar is to be followed, and of whole documents, the
+  thoughts are sliced and the rest is one call that begins inside them, at the last token that was kept: tool parsers
+  and grammars, which begin when thoughts end, see all that is theirs. That this engine's grammars wait for the end of
+  the thoughts is asked as well. Cut at each place inside the thoughts, streams and documents of the same 28 parsers
+  were those of one call in all of 4,602 comparisons, tool calls included (`tails` in `parser-seams.json`). Answers that
+  do not think are one call.
+- **Usage**: an engine counts `reasoning_tokens` over the tokens of one call. Either by the marks in the answer, which
+  is ours to repeat (3 parsers), or by its parser's state, whose counts add up over calls that begin inside the thoughts
+  (28; `counts` in `parser-seams.json`). Which one is seen in a forced answer, whole and its second half; from a parser
+  that does neither, streams with usage are one call, and documents too.
 - **Tools** that are not offered, or not to be called: sliced, parser or not.
-- **Tools that may be called**: one call. A parser's state in the middle of a call cannot be had or set.
+- **Tools that may be called**, without a reasoning parser: one call. A parser's state in the middle of a call cannot be
+  had or set, and parsers judge a text by how it begins: a text cut before a bracket would become a call.
   `--enable-scale-out` offers render, generate and derender; asked on a real engine, derender left the end token in the
   text (`<|im_end|>`) where the chat route does not, and told no reasoning tokens: its documents are not the engine's.
-- **Structured outputs**: one call. Grammars advance over the tokens of one call; neither the OpenAI routes nor
-  `/inference/v1/generate` take tokens that were generated before, and a grammar begins anew with every call.
+- **Structured outputs**, without a reasoning parser: one call. Grammars advance over the tokens of one call; neither
+  the OpenAI routes nor `/inference/v1/generate` take tokens that were generated before, and a grammar begins anew with
+  every call.
 
 ## Other routes
 
@@ -166,7 +187,9 @@ def fate(row: Parameter, chat: bool, way: Way) -> str:
             body["logprobs"] = 2
     if way not in (Way.TEXT, Way.LLAMA):
         body.pop("n", None)  # split into jobs before anything else is asked (wire/several.py)
-    return "one call" if unsliceable(body, chat, way) else "sliced"
+    if unsliceable(body, chat, way, PARSER):
+        return "one call"
+    return THOUGHTS if way is Way.THOUGHTS and alone_at_last(body) else "sliced"
 
 
 def fates(row: Parameter) -> list[str]:
@@ -191,7 +214,7 @@ def page() -> str:
     rows: Mapping[str, list[str]] = {name: fates(row) for name, row in PARAMETERS.items()}
     lines = [INTRODUCTION.rstrip(), "", "| | " + " | ".join(title for title, *_ in COLUMNS) + " |"]
     lines.append("|---|" + "---|" * len(COLUMNS))
-    for word in ("sliced", "one call"):
+    for word in ("sliced", THOUGHTS, "one call"):
         counts = (str(sum(row[column] == word for row in rows.values())) for column in range(len(COLUMNS)))
         lines += [f"| **{word}** | " + " | ".join(counts) + " |"]
     lines += ["", "| parameter | " + " | ".join(title for title, *_ in COLUMNS) + " | how, or why not |"]

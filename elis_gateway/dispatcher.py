@@ -35,7 +35,6 @@ from elis_gateway.logs import job_id
 from elis_gateway.predictor.base import Predictor
 from elis_gateway.tasks import spawn
 from elis_gateway.upstream.base import Session, Upstream
-from elis_gateway.wire.continuation import Mode
 
 __all__ = ["Dispatcher", "RetryBudget"]
 
@@ -268,7 +267,7 @@ class Dispatcher:
     def _preempt(self, action: Preempt) -> None:
         call = self._calls[action.slice_id]
         # An answer that turned out to need one call, after the scheduler took it for sliceable, keeps it.
-        if call.flight.answer.mode is not Mode.WHOLE:
+        if call.flight.answer.divisible:
             call.end()
 
     def _abort(self, action: Abort) -> None:
@@ -392,7 +391,7 @@ class Dispatcher:
             slice_began(flight, slice_.upstream)
         order = answer.call(slice_.limit, model=spec.model, priority=priority, window=slice_.window)
         # An answer that comes in one piece is silent until it is complete, however long that takes.
-        patient = answer.mode is Mode.WHOLE and not order.stream
+        patient = not answer.divisible and not order.stream
         request_id = f"{spec.id}-{slice_.id}"
         async with upstream.open(order, request_id=request_id, patient=patient, headers=_headers(flight)) as session:
             if order.stream:

@@ -149,6 +149,8 @@ class Intake(Observer):
         lore = self._lore.get(model)
         if lore is None:
             lore = self._lore[model] = Lore()
+        if lore.fingerprint is None:
+            lore.fingerprint = able.fingerprint
         context = able.context.get(model)
         return Answer(
             request,
@@ -159,6 +161,7 @@ class Intake(Observer):
             lore=lore,
             engine=able.kind,
             way=_way(request, able),
+            thinking=able.thinking,
         )
 
     def finished(self, flight: Flight) -> None:
@@ -242,7 +245,7 @@ def continuation(request: Request, able: Capabilities) -> tuple[Mode, str]:
 def _can_be_parsed(able: Capabilities) -> bool:
     """Where the engine parses chats, can it parse them a call at a time?"""
     if able.reasoning_parser:
-        return able.chat_ids and able.resumes_thoughts
+        return able.chat_ids and able.thinking is not None
     return able.chat_ids or not able.tool_parser
 
 

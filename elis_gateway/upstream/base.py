@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol, Self
 
 from elis_gateway.errors import UpstreamError
 from elis_gateway.wire.continuation import Call
+from elis_gateway.wire.thoughts import Thinking
 
 __all__ = ["Capabilities", "Session", "Upstream"]
 
@@ -34,10 +35,12 @@ class Capabilities(NamedTuple):
     """The operator says that chat runs through a parser, and that it is to be left alone."""
     reasoning_parser: bool = False
     """Chat answers are parsed into thoughts and content."""
-    resumes_thoughts: bool = False
-    """And where a chat's prompt ends inside either, its answer is taken for more of the same."""
+    thinking: Thinking | None = None
+    """How, where a chat's answer is taken for more of the thoughts or of the content that its prompt ends in."""
     tool_parser: bool = False
     """Chat answers are parsed into tool calls where tools are offered."""
+    fingerprint: str | None = None
+    """Its ``system_fingerprint``, which a stream tells with its last chunk: too late for an answer that we end."""
     kind: str = "other"
     """``vllm``, ``llama.cpp`` or ``other``: for people and metrics, decides nothing."""
     most: int | None = None

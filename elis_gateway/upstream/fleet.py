@@ -414,8 +414,9 @@ def _as_before(found: Capabilities, before: Capabilities) -> Capabilities:
         ids=before.ids,
         chat_ids=before.chat_ids,
         reasoning_parser=before.reasoning_parser,
-        resumes_thoughts=before.resumes_thoughts,
+        thinking=before.thinking,
         tool_parser=before.tool_parser,
+        fingerprint=before.fingerprint,
         orders=before.orders,
         kind=kind,
     )
@@ -436,7 +437,8 @@ def _least(able: list[Capabilities], model: str) -> Capabilities:
         orders=all(c.orders for c in able),
         chat_parser=any(c.chat_parser for c in able),
         reasoning_parser=any(c.reasoning_parser for c in able),
-        resumes_thoughts=all(c.resumes_thoughts for c in able),
+        thinking=able[0].thinking if len({c.thinking for c in able}) == 1 else None,
         tool_parser=any(c.tool_parser for c in able),
+        fingerprint=next((c.fingerprint for c in able if c.fingerprint is not None), None),
         kind=able[0].kind,
     )

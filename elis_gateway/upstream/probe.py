@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -17,6 +17,7 @@ from elis_gateway.upstream.base import Capabilities
 from elis_gateway.upstream.gauges import engines_behind, most_at_once
 from elis_gateway.upstream.http import HttpSession, HttpUpstream
 from elis_gateway.wire.continuation import Call
+from elis_gateway.wire.thoughts import Count, Thinking, between
 
 __all__ = ["LLAMA_CPP", "probe"]
 
@@ -50,14 +51,17 @@ async def probe(upstream: HttpUpstream, *, orders: bool = False) -> Capabilities
     model = min(models, default=None)
     kind = await _kind(upstream)
     ids, chat_ids, settled = settings.continuation == "ids", False, True
-    thinks = resumes = calls = False
+    thinks = calls = False
+    thinking = None
+    fingerprint = None
     if settings.continuation == "auto" and model is not None:
         try:
             ids = await (_shows_ids if kind == LLAMA_CPP else _returns_ids)(upstream, model)
+            fingerprint = await _fingerprint(upstream, model) if ids else None
             chat_ids = ids and kind == VLLM and await _takes_ids_in_chats(upstream, model)
             if ids and kind == VLLM and settings.chat_parser == "auto":
                 thinks, calls = await _parses(upstream, model)
-                resumes = thinks and chat_ids and await _resumes_thoughts(upstream, model)
+                thinking = await _thinking(upstream, model) if thinks and chat_ids else None
         except (UpstreamError, TimeoutError) as error:
             # Not a no: an engine that was busy for a moment must not go unsliced until it is restarted.
             _log.info("upstream %s: whether it returns token ids is not known yet: %s", upstream.id, error)
@@ -76,8 +80,9 @@ async def probe(upstream: HttpUpstream, *, orders: bool = False) -> Capabilities
         orders=ordering,
         chat_parser=settings.chat_parser is True,
         reasoning_parser=thinks,
-        resumes_thoughts=resumes,
+        thinking=thinking,
         tool_parser=calls,
+        fingerprint=fingerprint,
         kind=kind,
         most=most,
         engines=await engines_behind(upstream) if settings.data_parallel_rank is None else 1,
@@ -154,7 +159,13 @@ async def _parses(upstream: HttpUpstream, model: str) -> tuple[bool, bool]:
     return isinstance(details, dict) and details.get("reasoning_tokens") is not None, calls
 
 
-async def _resumes_thoughts(upstream: HttpUpstream, model: str) -> bool:
+async def _fingerprint(upstream: HttpUpstream, model: str) -> str | None:
+    answer = await _complete(upstream, model, "Hello")
+    found = answer.get("system_fingerprint") if isinstance(answer, dict) else None
+    return found if isinstance(found, str) else None
+
+
+async def _thinking(upstream: HttpUpstream, model: str) -> Thinking | None:
     """Prompts that end inside a thought, and after one: is what follows shown as more of it, and as content?
 
     With marks that the model's tokenizer knows as tokens. A parser that does not look at the prompt, or that looks for
@@ -166,12 +177,116 @@ async def _resumes_thoughts(upstream: HttpUpstream, model: str) -> bool:
         if any(len(mark) != 1 for mark in marks):
             continue
         thought = await _tokens(upstream, model, "\nOkay, so the")
-        thinking = [*prompt, *marks[0], *thought]
-        after = [*thinking, *marks[1], *thought]
-        return await _fields(upstream, model, thinking) == {"reasoning"} and await _fields(upstream, model, after) == {
+        inside = [*prompt, *marks[0], *thought]
+        after = [*inside, *marks[1], *thought]
+        if await _fields(upstream, model, inside) != {"reasoning"} or await _fields(upstream, model, after) != {
             "content"
-        }
-    return False
+        }:
+            return None
+        found = Thinking(marks[0][0], marks[1][0], waits=await _grammar_waits(upstream, model, inside))
+        return await _counts(upstream, model, prompt, thought, found)
+    return None
+
+
+async def _counts(
+    upstream: HttpUpstream, model: str, prompt: list[int], thought: list[int], found: Thinking
+) -> Thinking:
+    """How reasoning tokens are counted in a thought that is cut: the same forced answer, whole and its second half."""
+    one, two = thought[1:3]
+    forced, cut = [found.opens, one, two, found.closes], 2
+    asked = ((prompt, forced), (prompt + forced[:cut], forced[cut:]))
+    whole, rest = [await _forced(upstream, model, *halves) for halves in asked]
+    if whole is not None and rest is not None:
+        told, later = whole.counts, rest.counts
+        marked = [between(whole.tokens[: n + 1], found) for n in range(len(whole.tokens))]
+        if told == marked and not any(later):
+            found = found._replace(streamed=Count.MARKED)
+        elif told[cut - 1] + later[-1] == told[-1]:
+            found = found._replace(streamed=Count.SUMMED)
+    document, half = [await _forced_document(upstream, model, *halves) for halves in asked]
+    if whole is None or document is None or half is None:
+        return found
+    return found._replace(whole=_whole(found, whole, document, half, cut))
+
+
+def _whole(found: Thinking, streamed: _Forced, one: _Forced, two: _Forced, cut: int) -> Count | None:
+    """How documents count. None: one of the second half alone is not the second half of one."""
+    if one.thoughts != "".join(streamed.texts[:cut]) + two.thoughts or one.content != two.content:
+        return None
+    if one.counts == [between(one.tokens, found)] and two.counts == [0]:
+        return Count.MARKED
+    before = one.counts[0] - two.counts[0]
+    ways = {cut: Count.EVERY, cut - 1: Count.UNMARKED, 0: Count.NOTHING}
+    return ways.get(before) if before or not one.counts[0] else None
+
+
+class _Forced(NamedTuple):
+    """What became of a forced answer; of a stream a text and a count for each token, of a document one count."""
+
+    tokens: list[int]
+    counts: list[int]
+    texts: list[str]
+    thoughts: str
+    content: str
+
+
+def _forcing(model: str, prompt: list[int], tokens: list[int]) -> dict[str, Any]:
+    """A chat whose answer begins with these tokens: each is likelier than all later ones, until it has been said."""
+    return {
+        "model": model, "messages": [{"role": "user", "content": ""}], "max_tokens": len(tokens) + 3, "temperature": 0,
+        "ignore_eos": True, "return_token_ids": True, "repetition_penalty": 1e6,
+        "logit_bias": {str(token): 100 - 18 * n for n, token in enumerate(tokens)},
+        "kv_transfer_params": {"prompt_token_ids": prompt},
+    }  # fmt: skip
+
+
+async def _forced(upstream: HttpUpstream, model: str, prompt: list[int], tokens: list[int]) -> _Forced | None:
+    """As a stream. None: something else was said, or not token by token."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = _forcing(model, prompt, tokens) | {"stream": True, "stream_options": options}
+    seen = _Forced([], [], [], "", "")
+    for chunk in await _chunks(upstream, body):
+        for choice in _list(chunk, "choices"):
+            ids = choice.get("token_ids") or []
+            if len(ids) == 1:
+                seen.tokens.append(ids[0])
+                seen.counts.append(_reasoning_tokens(chunk))
+                seen.texts.append((choice.get("delta") or {}).get("reasoning") or "")
+            elif ids:
+                return None
+    return seen if seen.tokens[: len(tokens)] == tokens else None
+
+
+async def _forced_document(upstream: HttpUpstream, model: str, prompt: list[int], tokens: list[int]) -> _Forced | None:
+    answer = await _ask(upstream, Call(_CHAT, orjson.dumps(_forcing(model, prompt, tokens)), False))
+    choice = next(iter(_list(answer, "choices")), None)
+    message = choice.get("message") if isinstance(choice, dict) else None
+    said = _list(choice, "token_ids")
+    if not isinstance(message, dict) or said[: len(tokens)] != tokens:
+        return None
+    thoughts, content = message.get("reasoning") or "", message.get("content") or ""
+    return _Forced(said, [_reasoning_tokens(answer)], [], thoughts, content)
+
+
+def _reasoning_tokens(answer: Any) -> int:
+    usage = answer.get("usage") if isinstance(answer, dict) else None
+    details = usage.get("completion_tokens_details") if isinstance(usage, dict) else None
+    count = details.get("reasoning_tokens") if isinstance(details, dict) else None
+    return count if isinstance(count, int) else -1
+
+
+async def _grammar_waits(upstream: HttpUpstream, model: str, inside: list[int]) -> bool:
+    """Inside a thought, is anything said that a grammar would not have let pass?"""
+    body = {
+        "model": model, "messages": [{"role": "user", "content": ""}], "max_tokens": 3, "temperature": 0,
+        "ignore_eos": True, "structured_outputs": {"choice": ["zq"]},
+        "kv_transfer_params": {"prompt_token_ids": inside},
+    }  # fmt: skip
+    answer = await _ask(upstream, Call(_CHAT, orjson.dumps(body), False))
+    choice = next(iter(_list(answer, "choices")), None)
+    message = choice.get("message") if isinstance(choice, dict) else None
+    said = (message.get("reasoning") or "") if isinstance(message, dict) else ""
+    return bool(said) and not said.strip().startswith("z")
 
 
 async def _tokens(upstream: HttpUpstream, model: str, text: str) -> list[int]:
@@ -191,15 +306,22 @@ async def _fields(upstream: HttpUpstream, model: str, prompt: list[int]) -> set[
         "ignore_eos": True, "stream": True, "kv_transfer_params": {"prompt_token_ids": prompt},
     }  # fmt: skip
     seen: set[str] = set()
+    for chunk in await _chunks(upstream, body):
+        for choice in _list(chunk, "choices"):
+            seen |= {name for name in ("reasoning", "content") if (choice.get("delta") or {}).get(name)}
+    return seen
+
+
+async def _chunks(upstream: HttpUpstream, body: dict[str, Any]) -> list[Any]:
+    """All events of a chat."""
+    found = []
     async with (
         asyncio.timeout(_PATIENCE),
         upstream.open(Call(_CHAT, orjson.dumps(body), True), request_id="probe") as session,
     ):
         async for payloads in session:
-            for payload in payloads:
-                for choice in _list(_json(payload), "choices"):
-                    seen |= {name for name in ("reasoning", "content") if (choice.get("delta") or {}).get(name)}
-    return seen
+            found += [_json(payload) for payload in payloads]
+    return found
 
 
 async def _shows_ids(upstream: HttpUpstream, model: str) -> bool:

@@ -44,13 +44,14 @@ def own(request: Request, model: str, priority: int | None) -> Call:
 
 
 def first(
-    request: Request, model: str, priority: int | None, limit: int | None, *, ids: bool, whole_stops: bool
-) -> Call:
+    request: Request, model: str, priority: int | None, limit: int | None, *, ids: bool, whole_stops: bool,
+    counts: bool = False,
+) -> Call:  # fmt: skip
     """The client's request as a stream that tells what a continuation needs.
 
     ``limit``: answer tokens to ask for where fewer than the client's own limit, else None. ``ids``: ask for token ids,
     else for running usage. ``whole_stops``: let stop strings end the call but stay in its text, so that no text
-    is held back; without it they are not sent.
+    is held back; without it they are not sent. ``counts``: usage with every delta.
     """
     body = _ours(request.body, model, priority)
     body.pop("echo", None)  # put in front by us
@@ -60,19 +61,20 @@ def first(
         body[name] = limit
         if (body.get("min_tokens") or 0) > limit:
             body["min_tokens"] = limit
-    _streamed(body, request, ids)
+    _streamed(body, request, ids, counts)
     _stops(body, request, whole_stops)
     return Call(request.route.value, orjson.dumps(body), True)
 
 
 def by_ids(
     request: Request, model: str, priority: int | None, limit: int, prompt: Sequence[int | str] | str, attained: int,
-    *, stream: bool, whole_stops: bool, way: Way = Way.IDS, said: Sequence[int | str] = (),
+    *, stream: bool, whole_stops: bool, way: Way = Way.IDS, said: Sequence[int | str] = (), counts: bool = False,
 ) -> Call:  # fmt: skip
     """Go on after ``prompt`` (the prompt's and the answer's token ids, of which ``attained`` are the answer's).
 
     ``said``: the answer's own, which penalties count. A chat goes on as a chat where the client wants to see
     log-probabilities, whose form differs, or where the engine parses it, and as a completion everywhere else.
+    ``counts``: usage with every delta.
     """
     body = _ours(carried(request.body, way), model, priority)
     chat = request.chat and (way in (Way.PARSED, Way.THOUGHTS) or (way is Way.CHAT_IDS and request.logprobs))
@@ -81,15 +83,15 @@ def by_ids(
         body.pop("top_logprobs", None)
     _penalise(body, said)
     if chat:
-        # The ids stand for the messages, of which the engine wants to see some.
-        body["messages"] = [{"role": "user", "content": ""}]
+        # The ids stand for the messages, of which the engine wants to see some; ids of tool calls may count theirs.
+        body["messages"] = request.body["messages"] if body.get("tools") else [{"role": "user", "content": ""}]
         body["kv_transfer_params"] = {"prompt_token_ids": prompt}
     else:
         body["prompt"] = prompt
     _limits(body, request.body, limit, attained)
     if stream:
-        _streamed(body, request, True)
-    elif request.wants_ids:
+        _streamed(body, request, True, counts)
+    elif request.wants_ids or way is Way.THOUGHTS:
         body["return_token_ids"] = True
     _stops(body, request, whole_stops)
     return Call((Route.CHAT if chat else Route.COMPLETIONS).value, orjson.dumps(body), stream)
@@ -153,13 +155,16 @@ def _limits(body: dict[str, Any], asked: Mapping[str, Any], limit: int, attained
         body.pop("min_tokens", None)
 
 
-def _streamed(body: dict[str, Any], request: Request, ids: bool) -> None:
-    """Ask for usage where the client would see it (its last chunk differs with it), or where it is all we count by."""
+def _streamed(body: dict[str, Any], request: Request, ids: bool, counts: bool = False) -> None:
+    """Ask for usage where the client would see it (its last chunk differs with it), or where it is all we count by.
+
+    ``counts``: with every delta.
+    """
     body["stream"] = True
     options = dict(body.get("stream_options") or {}) if request.stream else {}
     if request.include_usage or not request.stream or not ids:
         options["include_usage"] = True
-    if not ids or request.continuous_usage:
+    if not ids or request.continuous_usage or counts:
         options["continuous_usage_stats"] = True
     if options:
         body["stream_options"] = options

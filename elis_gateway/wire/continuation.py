@@ -28,10 +28,11 @@ from elis_gateway.wire.ledger import Ledger
 from elis_gateway.wire.llamacpp import LlamaCpp
 from elis_gateway.wire.logprobs import Logprobs
 from elis_gateway.wire.openai import Request, Route
-from elis_gateway.wire.parameters import Way, unsliceable
+from elis_gateway.wire.parameters import Way, alone_at_last, unsliceable
 from elis_gateway.wire.problems import error_body
 from elis_gateway.wire.reading import Reading
 from elis_gateway.wire.sse import DONE_EVENT, comment, encode
+from elis_gateway.wire.thoughts import Count, Thinking
 from elis_gateway.wire.whole import WholeStream
 
 __all__ = ["Answer", "Call", "Lore", "Mode"]
@@ -62,10 +63,11 @@ class Answer(Reading):
         lore: Lore | None = None,
         engine: str = "vllm",
         way: Way = Way.IDS,
+        thinking: Thinking | None = None,
     ) -> None:
         """``context``: the engine's context length in tokens, where known. ``default_limit``: its own ``max_tokens``
         for a chat that names none. ``engine``: ``llama.cpp`` for its dialect, anything else for vLLM's, and
-        ``way`` how that goes on."""
+        ``way`` how that goes on; ``thinking``: what is known of its reasoning parser."""
         self.request = request
         self.mode = mode
         self.reason = reason
@@ -84,10 +86,13 @@ class Answer(Reading):
             include=request.include_stop,
             logprobs=Logprobs(request.chat) if request.logprobs else None,
         )
+        self._parser = thinking if way is Way.THOUGHTS else None
+        sums = self._parser is not None and self._parser.streamed is Count.SUMMED and request.include_usage
+        self._summed = self._parser if sums else None
         self._dialect: Dialect = (
             ByText(request) if mode is Mode.TEXT
             else LlamaCpp(request) if engine == "llama.cpp"
-            else ById(request, self._lore, way)
+            else ById(request, self._lore, way, self._summed)
         )  # fmt: skip
         self._implied = request.max_tokens
         """Tokens the engine would stop at by itself, as far as the request says."""
@@ -111,15 +116,27 @@ class Answer(Reading):
         self._thinks = self._dialect.way is Way.THOUGHTS
         self._thinking = self._ends_thinking = False
         self._thought = self._thoughts = 0
+        self._reasoned = 0
+        self._alone = self._last = False
+        self._message = self._shape = None
         self._begin(None)
         if mode is Mode.WHOLE:
             return
-        if (why := unsliceable(request.body, request.chat, self._dialect.way)) is not None:
+        if (why := unsliceable(request.body, request.chat, self._dialect.way, self._parser)) is not None:
             self._go_whole(why)
+            return
+        self._alone = self._thinks and alone_at_last(request.body)
+        if self._alone and self.limit is None and context is None:
+            self._go_whole("how long the last call may be is not known")
             return
         self._stop_ids = frozenset(request.body.get("stop_token_ids") or ())
         if self._dialect.exact and request.max_tokens is not None and request.max_tokens > (context or 1 << 62):
             self._go_whole("max_tokens beyond the context")  # the engine refuses that, in its own words
+
+    @property
+    def divisible(self) -> bool:
+        """May the call under way be cut, and the answer go on?"""
+        return self.mode is not Mode.WHOLE and not self._undivided
 
     @property
     def text(self) -> str:
@@ -147,7 +164,9 @@ class Answer(Reading):
         asked = None if slice_limit is None else max(slice_limit, self._grow)
         if self.attained < self._careful:
             asked = max(self._grow, 1)
-        if asked is not None and self._parsed:
+        if self._last:
+            asked = remaining
+        elif asked is not None and self._parsed:
             asked += 1  # what a parser makes of a window's end would be ours: the last token is not kept
         if remaining is not None and (asked is None or asked > remaining):
             asked = remaining
@@ -160,7 +179,9 @@ class Answer(Reading):
         if inquiry is not None:
             self._inquiring = True
             return inquiry
-        self._start = self.attained = ledger.count
+        self._start = self.attained = self._safe = ledger.count
+        self._undivided = self._last
+        self._adds = self._summed is not None and self._summed.closes not in ledger.tokens
         self._first = not (self._dialect.known_prompt or ledger.text)
         self._same = self._first or not request.chat or self.mode is Mode.TEXT or request.logprobs or self._parsed
         self._unary = remaining is not None and asked == remaining and self._may_be_unary(remaining, window)
@@ -174,6 +195,10 @@ class Answer(Reading):
 
     def _may_be_unary(self, remaining: int, window: int | None) -> bool:
         if self.request.stream or self.mode is Mode.TEXT:
+            return False
+        if self._last:
+            return True
+        if self._thinks and not self._first:
             return False
         if self.request.chat and not self._first and not self._dialect.one_document:
             return False
@@ -191,9 +216,12 @@ class Answer(Reading):
         self._stream = WholeStream(self.request, self._encoder)
         self._foreign = self._encoder.name is not None
         self._first = self._same = True
-        self._opened = self._seam = self._retry = self._restart = self._unary = self._ours = self._plain = (
-            self._inquiring
-        ) = self._paid = False
+        self._restart = ""
+        self._opened = self._seam = self._retry = self._unary = self._ours = self._plain = self._inquiring = (
+            self._paid
+        ) = self._undivided = self._adds = self._closed = False
+        self._told = 0
+        self._counted = self._reasoned
 
     def refused(self, status: int, body: bytes) -> bool:
         """The call was answered with an error status. True: what was refused was ours, not the client's.
@@ -203,6 +231,9 @@ class Answer(Reading):
         """
         if self._inquiring:
             self._dialect.informed(None, self._ledger)
+            return True
+        if self._last and not self.committed and self.mode is not Mode.WHOLE:
+            self._go_whole("the engine refused the last call")
             return True
         if self.mode is Mode.WHOLE or self._unary or not self._first or self.committed:
             return False
@@ -217,7 +248,7 @@ class Answer(Reading):
         self.mode = Mode.WHOLE
         self.reason = reason
         self.attained = self._thoughts = 0
-        self._thinking = False
+        self._thinking = self._alone = self._last = False
         self._ledger.reset()
         self._preamble = b""
         self._echo = ""
@@ -240,7 +271,12 @@ class Answer(Reading):
         if self.limit is not None and self._ledger.count >= self.limit and not self._restart:
             return self._end_at_limit()
         if self._restart:
-            self._go_whole("the upstream gives no token ids or parses its answers")
+            self._go_whole(self._restart)
+            return SliceEnd.WINDOW
+        if self._undivided and self._ledger.count > self._safe:
+            return SliceEnd.FAILED  # its parser's state is gone with it
+        if self._last and not self._ledger.count:
+            self._go_whole("no thoughts to cut")
             return SliceEnd.WINDOW
         if self.error is not None:
             return SliceEnd.INTERRUPTED if self.error.retryable else SliceEnd.FAILED
@@ -262,7 +298,8 @@ class Answer(Reading):
             if self._dialect.usage_rides:
                 usage = self._encoder.usage(self.prompt_tokens or 0, self._ledger.count, self._usage)
                 self._usage_shown = True
-            self._owed = self._encoder.last(shown, "length", usage)
+            fingerprint = None if self.request.include_usage else self._lore.fingerprint
+            self._owed = self._encoder.last(shown, "length", usage, fingerprint)
         return SliceEnd.FINISHED
 
     def _end_whole(self, how: str) -> SliceEnd:
@@ -289,7 +326,7 @@ class Answer(Reading):
         """A finished answer as the JSON document a non-streaming client waits for."""
         if self._whole:
             return self._whole
-        shape = self._lore.documents.get(self.request.route, self._dialect.document)
+        shape = self._shape or self._lore.documents.get(self.request.route, self._dialect.document)
         ledger = self._ledger
         return self._encoder.document(
             shape,
@@ -301,6 +338,7 @@ class Answer(Reading):
             ledger.tokens,
             self._lore.fingerprint,
             None if ledger.logprobs is None else ledger.logprobs.document(),
+            None if self._message is None else {**self._message, "reasoning": self.text[: self._thoughts] or None},
         )
 
     def error_event(self, error: GatewayError) -> bytes:

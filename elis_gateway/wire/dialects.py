@@ -15,6 +15,7 @@ from elis_gateway.wire.ledger import Ledger
 from elis_gateway.wire.openai import Request, Route
 from elis_gateway.wire.parameters import Way
 from elis_gateway.wire.shapes import PLAIN_CHAT, PLAIN_COMPLETION, VLLM_CHAT, VLLM_COMPLETION
+from elis_gateway.wire.thoughts import Thinking
 
 __all__ = ["Boundary", "ById", "ByText", "Delta", "Dialect", "Lore", "Mode"]
 
@@ -163,11 +164,14 @@ class ById:
     completions_default = calls.COMPLETIONS_DEFAULT
 
     __slots__ = (
-        "_alone", "_asked", "_compared", "_lore", "_request", "_settled", "_tails", "owed", "prompt_ids", "way",
+        "_alone", "_asked", "_compared", "_lore", "_request", "_settled", "_summed", "_tails", "owed", "prompt_ids",
+        "way",
     )  # fmt: skip
 
-    def __init__(self, request: Request, lore: Lore, way: Way = Way.IDS) -> None:
+    def __init__(self, request: Request, lore: Lore, way: Way = Way.IDS, summed: Thinking | None = None) -> None:
+        """``summed``: the calls' counts of reasoning tokens are added up."""
         self._request = request
+        self._summed = summed
         self.way = way
         self._lore = lore
         self._alone = False
@@ -187,7 +191,8 @@ class ById:
         return bool(self.prompt_ids)
 
     def first(self, model: str, priority: int | None, limit: int | None) -> Call:
-        return calls.first(self._request, model, priority, limit, ids=True, whole_stops=True)
+        counts = self._summed is not None
+        return calls.first(self._request, model, priority, limit, ids=True, whole_stops=True, counts=counts)
 
     def more(
         self, model: str, priority: int | None, limit: int | None, tokens: list[int | str], text: str, count: int,
@@ -205,6 +210,7 @@ class ById:
             whole_stops=True,
             way=self.way,
             said=tokens,
+            counts=self._summed is not None and self._summed.closes not in tokens,
         )
 
     def open(self, chunk: dict[str, Any], choice: dict[str, Any]) -> int | None:

@@ -69,7 +69,7 @@ class Encoder:
             choice["prompt_token_ids"] = None
         if not self._chat:
             choice["text"] = text
-        elif text or "content" in choice["delta"]:
+        elif text or choice["delta"].get("content"):
             choice["delta"]["content"] = text
         self._finish(choice, finish, stop_reason, "stop_reason" in choice)
         return self._dump(chunk)
@@ -93,13 +93,14 @@ class Encoder:
                 chunk.pop(name, None)
         return b"data: " + orjson.dumps(chunk) + b"\n\n"
 
-    def last(self, text: str, finish: str, usage: Mapping[str, Any] | None) -> bytes:
+    def last(self, text: str, finish: str, usage: Mapping[str, Any] | None, fingerprint: str | None) -> bytes:
         """A chunk that ends the answer, where the engine sent none."""
         if self._chat:
-            return self.dress({"choices": [{}]}, text, (), finish, None)
+            return self.dress({"choices": [{}], "system_fingerprint": fingerprint}, text, (), finish, None)
         choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
         chunk = {"id": None, "object": "text_completion", "created": 0, "model": None, "choices": [choice]}
-        return self._dump(chunk | ({"usage": usage} if usage is not None else {}))
+        more = {"usage": usage, "system_fingerprint": fingerprint}
+        return self._dump(chunk | {name: value for name, value in more.items() if value is not None})
 
     def usage(self, prompt_tokens: int, completion_tokens: int, shape: Mapping[str, Any] | None) -> dict[str, Any]:
         """Usage of the whole answer; ``shape``: the engine's own of some call, for its other fields."""
@@ -139,10 +140,16 @@ class Encoder:
         ids: Sequence[int | str],
         fingerprint: str | None,
         logprobs: Mapping[str, Any] | None = None,
+        message: Mapping[str, Any] | None = None,
     ) -> bytes:
-        """The whole answer as one JSON document; ``shape``: a document of this route with the answer blanked out."""
+        """The whole answer as one JSON document; ``shape``: a document of this route with the answer blanked out.
+
+        ``message``: a chat's, where it is more than text.
+        """
         choice = dict(shape["choices"][0])
-        if self._chat:
+        if message is not None:
+            choice["message"] = message
+        elif self._chat:
             choice["message"] = {**choice["message"], "content": text}
         else:
             choice["text"] = text

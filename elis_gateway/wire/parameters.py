@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, NamedTuple
 
-__all__ = ["CARRIED", "PARAMETERS", "Kind", "Parameter", "Way", "carried", "unsliceable"]
+from elis_gateway.wire.thoughts import Thinking
+
+__all__ = ["CARRIED", "PARAMETERS", "Kind", "Parameter", "Way", "alone_at_last", "carried", "unsliceable"]
 
 
 class Way(Enum):
@@ -158,11 +160,11 @@ PARAMETERS: dict[str, Parameter] = {
         Parameter("guided_regex", Kind.ALONE, _GRAMMAR),
         Parameter("guided_choice", Kind.ALONE, _GRAMMAR),
         Parameter("guided_grammar", Kind.ALONE, _GRAMMAR),
-        Parameter("tools", Kind.PROMPT, "with tool_choice none; else one call (see Parsers)"),
+        Parameter("tools", Kind.PROMPT, "with tool_choice none; else see Parsers"),
         Parameter("tool_choice", Kind.ALONE, "a parser or a grammar follows the whole answer", _none_chosen, "none"),
         Parameter("functions", Kind.ALONE, "a parser follows the whole answer", _empty, "empty"),
         Parameter("function_call", Kind.ALONE, "a parser follows the whole answer", _none_chosen, "none"),
-        Parameter("parallel_tool_calls", Kind.NOTHING, "chats with tools are one call"),
+        Parameter("parallel_tool_calls", Kind.NOTHING, "read where tools may be called"),
         Parameter("include_reasoning", Kind.NOTHING, "one call where it is false and a parser finds thoughts"),
         Parameter("skip_special_tokens", Kind.CARRIED, ""),
         Parameter("spaces_between_special_tokens", Kind.CARRIED, "not with special tokens shown"),
@@ -221,8 +223,12 @@ _NOT_BY_TEXT = frozenset({"truncate_prompt_tokens", "continue_final_message"})
 """What would be done to the answer too, where it is sent back as a part of the prompt."""
 
 
-_PARSER_CARRIED = frozenset({"chat_template_kwargs", "reasoning_effort", "tools", "tool_choice"})
+_PARSER_CARRIED = frozenset({"chat_template_kwargs", "reasoning_effort", "tools", "tool_choice", "parallel_tool_calls"})
 """What a parser is made with, beside what acts on every token."""
+
+_GRAMMARS = frozenset({"response_format", "structured_outputs"})
+_AFTER_THOUGHTS = _GRAMMARS | {"tool_choice"}
+"""Beside tools: what has no say before the thoughts are over, and then needs one call."""
 
 _BY_CHAT = frozenset({Way.CHAT_IDS, Way.PARSED, Way.THOUGHTS})
 _BY_IDS = _BY_CHAT | {Way.IDS}
@@ -232,15 +238,32 @@ def carried(body: Mapping[str, Any], way: Way) -> dict[str, Any]:
     """What of a request goes into each of its continuations."""
     more = _LLAMA_CARRIED if way is Way.LLAMA else frozenset[str]()
     if way in (Way.PARSED, Way.THOUGHTS):
-        more = _PARSER_CARRIED
+        more = _PARSER_CARRIED if way is Way.PARSED else _PARSER_CARRIED | _GRAMMARS
     return {name: value for name, value in body.items() if value is not None and (name in CARRIED or name in more)}
 
 
-def unsliceable(body: Mapping[str, Any], chat: bool, way: Way) -> str | None:
+def alone_at_last(body: Mapping[str, Any]) -> bool:
+    """Of an answer whose thoughts are sliced: is the rest to be one call?"""
+    return not body.get("stream") or _offers_tools(body) or any(not _idle(name, body) for name in _AFTER_THOUGHTS)
+
+
+def _idle(name: str, body: Mapping[str, Any]) -> bool:
+    """Is this ALONE parameter absent, or of a value that does nothing?"""
+    value, row = body.get(name), PARAMETERS[name]
+    return value is None or (row.idle is not None and row.idle(value))
+
+
+def _offers_tools(body: Mapping[str, Any]) -> bool:
+    return body.get("tools") is not None and not _empty(body["tools"]) and body.get("tool_choice") != "none"
+
+
+def unsliceable(body: Mapping[str, Any], chat: bool, way: Way, thinking: Thinking | None = None) -> str | None:
     """Why this request must be one call (a parameter's name or a few words), or None where it may be sliced.
 
     ``body`` is the request as the client sent it; malformed values are reasons too: the engine is to refuse them.
+    ``thinking``: what is known of the engine's reasoning parser.
     """
+    later = _AFTER_THOUGHTS if way is Way.THOUGHTS and thinking is not None and thinking.waits else frozenset[str]()
     for name, value in body.items():
         if value is None:
             continue
@@ -251,26 +274,29 @@ def unsliceable(body: Mapping[str, Any], chat: bool, way: Way) -> str | None:
             return f"unknown parameter {name[:60]}"
         if way is Way.TEXT and name in _NOT_BY_TEXT and value is not False:
             return name
-        if row.kind is Kind.ALONE and not (row.idle is not None and row.idle(value)):
+        if row.kind is Kind.ALONE and name not in later and not (row.idle is not None and row.idle(value)):
             return name
     return (
         _limits(body, chat)
         or _stops(body, way)
         or _draws(body, way)
         or _told(body, chat, way)
-        or (_chat(body) if chat else _prompt(body.get("prompt")) or _echo(body, way))
-        or (_thoughts(body) if way is Way.THOUGHTS else None)
+        or (_chat(body, bool(later)) if chat else _prompt(body.get("prompt")) or _echo(body, way))
+        or (_thoughts(body, thinking) if way is Way.THOUGHTS else None)
     )
 
 
-def _thoughts(body: Mapping[str, Any]) -> str | None:
+def _thoughts(body: Mapping[str, Any], thinking: Thinking | None) -> str | None:
     """What of an answer that is thoughts first and content after would not be the engine's own."""
-    if not body.get("stream"):
-        return "reasoning of a whole document"  # its parser may cut blanks otherwise than the one for streams
+    if not body.get("stream") and (thinking is None or thinking.whole is None):
+        return "reasoning of a whole document"
     if body.get("include_reasoning") is False:
         return "include_reasoning"  # no token is told while thoughts are hidden
-    if (body.get("stream_options") or {}).get("include_usage"):
-        return "usage of reasoning tokens"  # counted by the parser over the tokens of one call
+    options = body.get("stream_options") or {}
+    if options.get("include_usage") and (thinking is None or thinking.streamed is None):
+        return "usage of reasoning tokens"  # counted in a way we do not know
+    if options.get("include_usage") and options.get("continuous_usage_stats"):
+        return "running usage of reasoning tokens"
     if body.get("skip_special_tokens") is False:
         return "skip_special_tokens"
     return next((name for name in ("logprobs", "return_token_ids", "stop") if body.get(name)), None)
@@ -364,10 +390,11 @@ def _told(body: Mapping[str, Any], chat: bool, way: Way) -> str | None:
     return asked[0] if asked else None
 
 
-def _chat(body: Mapping[str, Any]) -> str | None:
+def _chat(body: Mapping[str, Any], tools: bool) -> str | None:
+    """``tools``: they may be called."""
     if body.get("echo") not in (None, False):
         return "echo"
-    if body.get("tools") is not None and not _empty(body["tools"]) and body.get("tool_choice") != "none":
+    if _offers_tools(body) and not tools:
         return "tools"
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:

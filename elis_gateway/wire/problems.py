@@ -83,6 +83,8 @@ _CLIENT_CODES = {
 _OVERLOADED = {"unavailable": 503, "shutdown": 503, "no_upstream": 503, "queue_ttl": 503, "deadline": 504}
 _OWN_LIMITS = ("rate_limit", "concurrency")
 _TIMEOUTS = ("stall", "timeout")
+_MOST_WORDS = 2000
+"""Bytes of a text that becomes an error's message."""
 
 
 def error_body(error: GatewayError) -> dict[str, Any]:
@@ -95,7 +97,7 @@ def error_body(error: GatewayError) -> dict[str, Any]:
     code = status(error)
     return {
         "error": {
-            "message": str(error) or "internal error",
+            "message": _words(error) or str(error) or "internal error",
             "type": _type(code),
             "param": error.param if isinstance(error, ClientError) else None,
             "code": _code(error),
@@ -123,6 +125,11 @@ def _code(error: GatewayError) -> str | None:
     if isinstance(error, ShuttingDown):
         return "shutting_down"
     return f"upstream_{error.cause}" if isinstance(error, UpstreamError) else "internal_error"
+
+
+def _words(error: GatewayError) -> str:
+    """What an upstream said that sent no JSON: a text, or a page of something before it."""
+    return error.body[:_MOST_WORDS].decode("utf-8", "replace").strip() if isinstance(error, UpstreamRefused) else ""
 
 
 def _is_json(body: bytes) -> bool:

@@ -33,6 +33,7 @@ from elis_gateway.wire.ledger import Ledger
 from elis_gateway.wire.openai import Request
 from elis_gateway.wire.sse import DONE
 from elis_gateway.wire.stops import Pushed
+from elis_gateway.wire.thoughts import Count, Thinking, between, head
 from elis_gateway.wire.whole import WholeStream, number, reported
 
 __all__ = ["Reading"]
@@ -43,6 +44,7 @@ _NOTHING = 16
 _NULL = b"null"
 """llama.cpp's event for a step that shows nothing."""
 
+_UNCOUNTED = "no thoughts whose tokens could be counted"
 _MALFORMED = (orjson.JSONDecodeError, AttributeError, KeyError, TypeError, IndexError, ValueError)
 
 
@@ -50,10 +52,12 @@ class Reading:
     """The half of an ``Answer`` that takes what arrives. Its state is the answer's; its maker sets all of it."""
 
     __slots__ = (
-        "_asked", "_careful", "_context", "_dialect", "_echo", "_encoder", "_ends_thinking", "_first", "_foreign",
-        "_inquiring", "_ledger", "_lore", "_opened", "_paid", "_parsed", "_plain", "_preamble", "_restart", "_retry",
-        "_running", "_same", "_seam", "_start", "_stop_ids", "_stream", "_thinking", "_thinks", "_thought", "_thoughts",
-        "_unheard", "_usage", "_usage_shown", "_whole", "attained", "cached", "committed",
+        "_adds", "_alone", "_asked", "_careful", "_closed", "_context", "_counted", "_dialect", "_echo", "_encoder",
+        "_ends_thinking", "_first", "_foreign", "_inquiring", "_last", "_ledger", "_lore", "_message", "_opened",
+        "_paid", "_parsed", "_parser", "_plain", "_preamble", "_reasoned", "_restart", "_retry", "_running", "_safe",
+        "_same", "_seam", "_shape", "_start", "_stop_ids", "_stream", "_summed", "_thinking", "_thinks", "_thought",
+        "_thoughts", "_told", "_undivided", "_unheard", "_usage", "_usage_shown", "_whole", "attained", "cached",
+        "committed",
         "error", "finish_reason", "finished", "limit", "mode", "over", "prompt_tokens", "request", "started",
         "stop_reason",
     )  # fmt: skip
@@ -97,8 +101,18 @@ class Reading:
     """The engine ended it at a limit of ours."""
     _retry: bool
     """What it brought last was taken back on purpose, to be asked for again."""
-    _restart: bool
-    """It shows that the answer cannot be continued."""
+    _restart: str
+    """It shows that the answer cannot be continued: why."""
+    _undivided: bool
+    """It must not be cut: it has gone beyond the thoughts, where no call could take over."""
+    _safe: int
+    """Kept tokens when it last could have been cut."""
+    _adds: bool
+    """It began inside the thoughts, and tells how many of its tokens count as such."""
+    _closed: bool
+    """In this call a thought has ended."""
+    _told: int
+    """What it told last."""
     _plain: bool
     """Nothing stands between a delta and the client."""
     _inquiring: bool
@@ -127,6 +141,22 @@ class Reading:
     """Characters of thoughts that were kept."""
     _thought: int
     """And of those since the last boundary."""
+    _parser: Thinking | None
+    """What is known of the engine's reasoning parser, where it parses this answer."""
+    _alone: bool
+    """What follows its thoughts is to be one call."""
+    _last: bool
+    """And that one is next, or under way."""
+    _message: dict[str, Any] | None
+    """The message of the document that was the last call."""
+    _shape: dict[str, Any] | None
+    """And all of that document, blanked out."""
+    _summed: Thinking | None
+    """``_parser`` where the counts of calls are added up."""
+    _counted: int
+    """Reasoning tokens before this call, by the engine's count."""
+    _reasoned: int
+    """And until now."""
     _paid: bool
     """This call's first text has come, with what the parser of the call before held back."""
     _echo: str
@@ -231,11 +261,21 @@ class Reading:
                 self._give_up()  # more than the context leaves: the engine refuses that, in its own words
                 return
         said = text
+        if self._adds and (told := chunk.pop("usage", None)):  # asked for by us
+            self._told = _reasoning(told)
+        if self._parser is not None and self._parser.closes in (choice.get("token_ids") or ()):
+            self._closed = True
+        if self._alone and not self._undivided and self._is_past_thoughts(choice, finish) and not self._stays():
+            return
         if self._parsed:
             said, text = self._fields(choice["delta"], text, finish)
-        read = None if _unknown(choice, self._thinks) else self._dialect.read(chunk, choice, text)
+        unknown = not self._undivided and _unknown(choice, self._thinks)
+        read = None if unknown else self._dialect.read(chunk, choice, text)
         if read is None:
             self._give_up()
+            return
+        if self._summed is not None and said and not self._thoughts + self._thought:
+            self._give_up(_UNCOUNTED)
             return
         tokens, count = read
         if not text and not count and finish is None:
@@ -298,6 +338,9 @@ class Reading:
             self._commit(out, True)
             ledger.shorten(held + len(text) - len(found.shown) if found.stop is not None else 0)
             return
+        if self._undivided:
+            self._commit(out, True)
+            return
         boundary = self._dialect.boundary(text, tokens, fresh)
         told = self.request.wants_ids or self.request.logprobs  # of tokens, and could not be taken back
         if boundary is Boundary.SURE or (boundary is Boundary.UNSURE and not told):
@@ -317,12 +360,33 @@ class Reading:
         if not self._paid and (owed := self._dialect.owed):
             if not self._thinking:
                 before = owed
-            elif thought or (owed := owed.rstrip()):
+            elif (thought and not self._closed) or (owed := owed.rstrip()):
                 delta["reasoning"] = thought = owed + thought
         self._paid = True
         self._ends_thinking = not said
         self._thought += len(thought)
         return before + said, before + thought + said
+
+    def _is_past_thoughts(self, choice: dict[str, Any], finish: str | None) -> bool:
+        """Has the answer gone beyond its thoughts? Of a document also: has it ended inside them?"""
+        total = self._ledger.count + self._ledger.pending + len(choice.get("token_ids") or ())
+        if finish is not None and not (self._is_real(finish, total) and self.request.stream):
+            return self._is_real(finish, total)
+        delta = choice["delta"]
+        return bool(self._closed or delta.get("content") or delta.get("tool_calls"))
+
+    def _stays(self) -> bool:
+        """This call is to bring all the rest, or else the next one, which begins inside the thoughts."""
+        if self._summed is not None and not self._thoughts + self._thought:
+            self._give_up(_UNCOUNTED)
+            return False
+        remaining = None if self.limit is None else self.limit - self._start
+        if self.request.stream and (self._asked is None or self._asked == remaining):
+            self._undivided, self._safe = True, self._ledger.count
+            return True
+        self._last = self.over = self._seam = self._retry = True
+        self._plain = False
+        return False
 
     def _is_silent(self, choice: dict[str, Any], finish: str | None) -> bool:
         """Has a parser nothing to show for this delta, so that the engine would not have sent it but for us?"""
@@ -373,11 +437,11 @@ class Reading:
             self._dialect.undress(chunk, choice, False)
             self._preamble = self._encoder.preamble(chunk)
 
-    def _give_up(self) -> None:
+    def _give_up(self, why: str = "the upstream gives no token ids or parses its answers") -> None:
         """Deltas without ids, or parsed into fields: this upstream's answer cannot be continued after all."""
         self.over = True
         self._plain = False
-        self._restart = not self.committed
+        self._restart = "" if self.committed else why
         if self.committed:
             self.error = UpstreamUnavailable("the upstream's answer cannot be continued", cause="garbage")
 
@@ -405,6 +469,8 @@ class Reading:
         self._thoughts += self._thought
         self._thought = 0
         self._thinking = self._ends_thinking
+        if self._adds:
+            self._reasoned = self._counted + self._told
         self.attained = ledger.count - ledger.unsure
         self._plain = (
             sure
@@ -485,6 +551,8 @@ class Reading:
             count = int(usage.get("completion_tokens") or 0)
             if self._ledger.logprobs is not None and self.mode is not Mode.WHOLE:
                 self._ledger.logprobs.take(choice)
+            if self._last and self.mode is not Mode.WHOLE:
+                text = self._last_document(document, choice["message"], text)
         except _MALFORMED as error:
             raise UpstreamUnavailable(f"the upstream sent an unreadable answer: {error}", cause="garbage") from error
         self.started = self.finished = True
@@ -501,6 +569,14 @@ class Reading:
             self._whole = body if self._encoder.name is None else self._encoder.rename(document)
             if self.mode is not Mode.WHOLE and self.request.route not in self._lore.documents:
                 self._lore.documents[self.request.route] = blank(document)
+
+    def _last_document(self, document: dict[str, Any], message: dict[str, Any], content: str) -> str:
+        """All text of a document that began inside the thoughts, with what a parser held back before it."""
+        thought, owed = message.get("reasoning") or "", self._dialect.owed
+        thought = (owed if thought else owed.rstrip()) + thought
+        self._message, self._shape = message, blank(document)
+        self._thoughts += len(thought)
+        return thought + content
 
     def _foreign_document(self, body: bytes) -> None:
         try:
@@ -526,10 +602,25 @@ class Reading:
         self.attained = ledger.count - ledger.unsure
 
     def _total_usage(self) -> dict[str, Any]:
-        return self._encoder.usage(self.prompt_tokens or 0, self.attained, self._usage)
+        usage = self._encoder.usage(self.prompt_tokens or 0, self.attained, self._usage)
+        if self._parser is not None:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self._reasoning_tokens(self._parser)}
+        return usage
+
+    def _reasoning_tokens(self, parser: Thinking) -> int:
+        tokens = self._ledger.tokens
+        if Count.MARKED is (parser.streamed if self.request.stream else parser.whole):
+            return between(tokens, parser)
+        return self._reasoned if self.request.stream else head(tokens[: self._safe], parser) + _reasoning(self._usage)
 
 
 _NOT_SEARCHED = Pushed("", None, False)
+
+
+def _reasoning(usage: dict[str, Any] | None) -> int:
+    """Tokens that an engine counts as thoughts."""
+    details = (usage or {}).get("completion_tokens_details")
+    return (number(details.get("reasoning_tokens")) or 0) if isinstance(details, dict) else 0
 
 
 def _cached(usage: dict[str, Any]) -> tuple[int, int] | None:

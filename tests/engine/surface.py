@@ -179,36 +179,55 @@ HALF = frozenset({"korean/chat", *(f"{name}/completions" for name in ("emoji", "
 """Requests whose answer llama.cpp may end with half a character, which it shows in whole completions and in no stream;
 an answer of several calls shows it if its last call is a whole completion."""
 
-_OPEN = {"chat_template_kwargs": {"open": True}, "logit_bias": {"2": -100, "4": 12}, "frequency_penalty": 2}
-"""The prompt ends in an open thought, and the model closes it (token 4, ``</think>``) after a while."""
+_SAID = {"39122": 100, "28": 95, "588": 90, "2683": 85, "416": 80, "4": 50}
+_OPEN = {
+    "chat_template_kwargs": {"open": True}, "logit_bias": {"1": -100, "2": -100} | _SAID, "repetition_penalty": 1e6
+}  # fmt: skip
+"""The prompt ends in an open thought, of which five words are made to be said before it is closed (token 4)."""
+_OPENED = {"logit_bias": {"3": 30, "4": 8}, "frequency_penalty": 8, "ignore_eos": True}
 _TOOL = {"tools": [TOOL]}
+_NAMED = {"tool_choice": {"type": "function", "function": {"name": TOOL["function"]["name"]}}}
+_CALLED = _OPEN | _TOOL | {"parallel_tool_calls": False, "logit_bias": {**_OPEN["logit_bias"], "5": 40}}
+"""The thoughts are followed by the mark of a call (token 5), and where one at most is allowed a grammar by the rest."""
+_JSON = {"response_format": {"type": "json_schema", "json_schema": {"name": "c", "schema": SCHEMA}}}
+_USAGE = {"stream_options": {"include_usage": True}}
+_RUNNING = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 
 PARSED: tuple[Case, ...] = (
     Case("thoughts", streams=(True,), subset=True, routes="c"),
-    Case("thoughts-document", sliced=False, streams=(False,), routes="c"),
+    Case("thoughts-document", subset=True, streams=(False,), routes="c"),
+    Case("thoughts-document-emoji", streams=(False,), prompt=EMOJI, routes="c"),
+    Case("closed-document", _OPEN, subset=True, streams=(False,), routes="c"),
+    Case("closed-late-document", _OPEN | {"min_tokens": 20}, streams=(False,), routes="c"),
+    Case("closed-usage", _OPEN | _USAGE, subset=True, streams=(True,), routes="c"),
+    Case("opened-usage", _OPENED | _USAGE, sliced=None, streams=(True,), routes="c"),
+    Case("opened-document", _OPENED, sliced=None, streams=(False,), routes="c"),
+    Case("usage-running", _RUNNING, sliced=False, streams=(True,), routes="c"),
     Case("thoughts-emoji", streams=(True,), prompt=EMOJI, routes="c"),
     Case("thoughts-korean", streams=(True,), prompt=KOREAN, routes="c"),
     Case("thoughts-flags", streams=(True,), prompt=FLAGS, routes="c"),
     Case("closed", _OPEN, streams=(True,), subset=True, routes="c"),
     Case("closed-emoji", _OPEN, streams=(True,), prompt=EMOJI, routes="c"),
     Case("closed-late", _OPEN | {"min_tokens": 20}, streams=(True,), routes="c"),
-    Case(
-        "opened",
-        {"logit_bias": {"3": 30, "4": 8}, "frequency_penalty": 8, "ignore_eos": True},
-        streams=(True,),
-        routes="c",
-    ),
+    Case("opened", _OPENED, streams=(True,), routes="c"),
     Case("n", {"n": 2, "temperature": 1, "top_k": 1}, streams=(True,), routes="c"),
     Case("no-limit", _OPEN | {"max_tokens": None, "stop_token_ids": [28]}, streams=(True,), routes="c"),
-    Case("usage", {"stream_options": {"include_usage": True}}, sliced=False, streams=(True,), routes="c"),
+    Case("usage", _USAGE, sliced=None, subset=True, streams=(True,), routes="c"),
     Case("stop", {"stop": ["rain"]}, sliced=False, streams=(True,), routes="c"),
     Case("hidden", {"include_reasoning": False}, sliced=False, streams=(True,), routes="c"),
     Case("logprobs", {"logprobs": True, "top_logprobs": 1}, sliced=False, streams=(True,), routes="c"),
     Case("ids", {"return_token_ids": True}, sliced=False, streams=(True,), routes="c"),
     Case("tools-none", _TOOL | {"tool_choice": "none"}, streams=(True,), subset=True, routes="c"),
-    Case("tools", _TOOL, sliced=False, subset=True, routes="c"),
-    Case("tools-required", _TOOL | {"tool_choice": "required"}, sliced=False, routes="c"),
-    Case("json", {"response_format": {"type": "json_object"}}, sliced=False, routes="c"),
+    Case("tools", _TOOL, sliced=None, subset=True, routes="c"),
+    Case("tools-required", _TOOL | {"tool_choice": "required"}, sliced=None, routes="c"),
+    Case("json", {"response_format": {"type": "json_object"}}, sliced=None, routes="c"),
+    Case("closed-tools", _OPEN | _TOOL, subset=True, routes="c"),
+    Case("closed-tools-usage", _OPEN | _TOOL | _USAGE, streams=(True,), routes="c"),
+    Case("closed-tools-required", _OPEN | _TOOL | {"tool_choice": "required", "max_tokens": 60}, routes="c"),
+    Case("closed-tools-named", _OPEN | _TOOL | _NAMED | {"max_tokens": 60}, routes="c"),
+    Case("closed-tools-called", _CALLED | {"max_tokens": 60}, routes="c"),
+    Case("closed-json", _OPEN | _JSON | {"max_tokens": 40}, subset=True, routes="c"),
+    Case("closed-choice", _OPEN | {"structured_outputs": {"choice": ["red", "blue"]}}, routes="c"),
 )
 """Chats of an engine with a reasoning and a tool parser (``benchmarks.vllm_engine.marked``)."""
 

@@ -17,6 +17,7 @@ from elis_gateway.upstream.base import Capabilities
 from elis_gateway.upstream.fleet import Fleet
 from elis_gateway.upstream.http import HttpUpstream
 from elis_gateway.upstream.probe import probe
+from elis_gateway.wire.thoughts import Count
 from tests.gateway.world import AT_ONCE, paced, until
 
 
@@ -78,10 +79,25 @@ async def test_an_engine_that_was_busy_for_a_moment_is_asked_again(skip: int) ->
 
 
 class Parsing:
-    """As much of vLLM as tells whether chats are parsed. Token ids are characters; ``<`` and ``>`` mark a thought."""
+    """As much of vLLM as tells whether chats are parsed. Token ids are characters; ``<`` and ``>`` mark a thought.
 
-    def __init__(self, *, thinks: bool, calls: bool, looks: bool = True, vllm: bool = True) -> None:
+    ``counts``: reasoning tokens by the marks in the answer, by the state its prompt leaves, or at random. ``trims``:
+    documents' thoughts lose their first character. ``waits``: a grammar has no say in thoughts.
+    """
+
+    def __init__(
+        self,
+        *,
+        thinks: bool,
+        calls: bool,
+        looks: bool = True,
+        vllm: bool = True,
+        counts: str = "marked",
+        trims: bool = False,
+        waits: bool = True,
+    ) -> None:
         self.thinks, self.calls, self.looks, self.vllm = thinks, calls, looks, vllm
+        self.counts, self.trims, self.waits = counts, trims, waits
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -113,18 +129,66 @@ class Parsing:
         if body.get("tools") and not self.calls:
             return web.json_response({"error": {"message": "auto tool choice requires a parser"}}, status=400)
         given = (body.get("kv_transfer_params") or {}).get("prompt_token_ids") or [1]
+        if body.get("logit_bias"):
+            return await self._forced(request, body, given)
+        if body.get("structured_outputs"):
+            said = "so th" if self.waits else body["structured_outputs"]["choice"][0]
+            return web.json_response({"choices": [{"message": {"reasoning": said}}]})
         if not body.get("stream"):
             details = {"reasoning_tokens": 0} if self.thinks else None
             usage = {"prompt_tokens": 1, "completion_tokens": 1, "completion_tokens_details": details}
             return web.json_response({"choices": [{"message": {}}], "usage": usage, "prompt_token_ids": given})
-        marks = [token for token in given if token in (ord("<"), ord(">"))]
-        field = "content" if self.looks and marks[-1] == ord(">") else "reasoning"
+        field = "content" if self.looks and not self._inside(given) else "reasoning"
+        return await self._events(
+            request, [{"choices": [{"delta": d}]} for d in ({"role": "assistant", "content": ""}, {field: "x"})]
+        )
+
+    async def _events(self, request: web.Request, chunks: list[dict[str, Any]]) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        for delta in ({"role": "assistant", "content": ""}, {field: "x"}):
-            await response.write(b"data: " + orjson.dumps({"choices": [{"delta": delta}]}) + b"\n\n")
+        for chunk in chunks:
+            await response.write(b"data: " + orjson.dumps(chunk) + b"\n\n")
         await response.write(b"data: [DONE]\n\n")
         return response
+
+    async def _forced(self, request: web.Request, body: dict[str, Any], given: list[int]) -> web.StreamResponse:
+        """The likeliest token of those that were not said yet, and in the end something else."""
+        tokens = sorted((int(token) for token in body["logit_bias"]), key=lambda t: -body["logit_bias"][str(t)])
+        tokens += [ord("z")] * (body["max_tokens"] - len(tokens))
+        inside, marked, count = self._inside(given), False, 0
+        texts, chunks = {"reasoning": "", "content": ""}, []
+        for token in tokens:
+            delta = {}
+            if chr(token) in "<>":
+                inside = marked = chr(token) == "<"
+            else:
+                delta = {"reasoning" if inside else "content": chr(token)}
+                count += {"marked": marked, "summed": inside, "odd": len(given)}[self.counts]
+            for name, text in delta.items():
+                texts[name] += text
+            usage = {"completion_tokens_details": {"reasoning_tokens": count}}
+            chunks.append({"choices": [{"delta": delta, "token_ids": [token]}], "usage": usage})
+        if body.get("stream"):
+            return await self._events(request, chunks)
+        message = texts | {"reasoning": texts["reasoning"][self.trims :]}
+        return web.json_response({"choices": [{"message": message, "token_ids": tokens}], "usage": usage})
+
+    def _inside(self, given: list[int]) -> bool:
+        marks = [token for token in given if token in (ord("<"), ord(">"))]
+        return bool(marks) and marks[-1] == ord("<")
+
+
+async def _look(engine: Parsing) -> Capabilities:
+    runner = web.AppRunner(engine.app())
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    upstream = HttpUpstream(Settings.model_validate({"url": f"http://127.0.0.1:{runner.addresses[0][1]}", "slots": 2}))
+    await upstream.start()
+    try:
+        return await probe(upstream)
+    finally:
+        await upstream.close()
+        await runner.cleanup()
 
 
 @pytest.mark.parametrize(
@@ -139,13 +203,26 @@ class Parsing:
     ids=["none", "tools", "both", "blind to the prompt", "not vLLM"],
 )
 async def test_parsers_are_seen_by_what_they_do(engine: Parsing, found: tuple[bool, bool, bool]) -> None:
-    runner = web.AppRunner(engine.app())
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    upstream = HttpUpstream(Settings.model_validate({"url": f"http://127.0.0.1:{runner.addresses[0][1]}", "slots": 2}))
-    await upstream.start()
-    able = await probe(upstream)
-    await upstream.close()
-    await runner.cleanup()
-    assert (able.reasoning_parser, able.resumes_thoughts, able.tool_parser) == found
+    able = await _look(engine)
+    assert (able.reasoning_parser, able.thinking is not None, able.tool_parser) == found
     assert able.chat_ids == engine.vllm
+
+
+@pytest.mark.parametrize(
+    ("ways", "found"),
+    [
+        ({"counts": "marked"}, (Count.MARKED, Count.MARKED, True)),
+        ({"counts": "summed"}, (Count.SUMMED, Count.UNMARKED, True)),
+        ({"counts": "odd"}, (None, None, True)),
+        ({"counts": "marked", "trims": True}, (Count.MARKED, None, True)),
+        ({"counts": "summed", "waits": False}, (Count.SUMMED, Count.UNMARKED, False)),
+    ],
+    ids=["by marks", "by state", "in no way known", "documents trimmed", "grammar in thoughts"],
+)
+async def test_how_thoughts_are_counted_is_seen_in_a_forced_answer(
+    ways: dict[str, Any], found: tuple[Any, ...]
+) -> None:
+    able = await _look(Parsing(thinks=True, calls=True, **ways))
+    assert able.thinking is not None
+    assert able.thinking[:2] == (ord("<"), ord(">"))
+    assert able.thinking[2:] == found

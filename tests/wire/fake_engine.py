@@ -19,11 +19,14 @@ from elis_gateway.wire.continuation import Answer, Call, Lore, Mode
 from elis_gateway.wire.openai import Request, Route, parse
 from elis_gateway.wire.parameters import Way
 from elis_gateway.wire.sse import DONE, EventDecoder, encode
+from elis_gateway.wire.thoughts import Count, Thinking, between
 
 EOS = 0
 SPECIAL = 1
 OPEN, CLOSE = 900, 901
 """Marks of a thought."""
+THINKING = Thinking(OPEN, CLOSE, streamed=Count.SUMMED, whole=Count.UNMARKED, waits=True)
+MARKED = Thinking(OPEN, CLOSE, streamed=Count.MARKED, whole=Count.MARKED, waits=True)
 WORDS = [b" a", b"b", b" the", b"\n", b"AB", b"A", b"B", b" stop", b"!", "é".encode(), "漢".encode(), " 글".encode()]
 PIECES = [
     b"\xf0\x9f",
@@ -94,13 +97,39 @@ class Parser:
     """The habits of vLLM's reasoning parsers, all at once: whether it thinks it reads in the prompt, what may begin a
     mark it holds back, and blanks at the end of thoughts it drops."""
 
-    def __init__(self, prompt: list[int]) -> None:
+    def __init__(self, prompt: list[int], tools: bool = False) -> None:
         marks = [token for token in prompt if token in (OPEN, CLOSE)]
         self.thinks = not marks or marks[-1] == OPEN
         self.held = ""
+        self.tools = tools
+        self.since = ""
+        self.counted = 0
+        self.closed = False
+
+    def count(self, ids: list[int]) -> None:
+        """Tokens of thoughts, as parsers that follow the state count them: a mark is none, nor is one without text."""
+        self.closed = self.closed or CLOSE in ids
+        if self.thinks and not self.closed:
+            self.counted += sum(token != OPEN and bool(VOCAB[token]) for token in ids)
+
+    def called(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """A call begins with the first "b" after the thoughts, and tells what only this parser can know: where in all
+        that followed them it stands."""
+        content = fields.pop("content", "")
+        before, call = self.since, self.since + content
+        self.since = call
+        start = call.find("b")
+        if not content or start < 0 or not self.tools:
+            return fields | ({"content": content} if content else {})
+        shown = call[len(before) : max(start, len(before))]
+        arguments = f"{len(before)}:{call[max(start, len(before)) :]};"
+        calls = [{"index": 0, "function": {"arguments": arguments}}]
+        return fields | ({"content": shown} if shown else {}) | {"tool_calls": calls}
 
     def parse(self, text: str, ids: list[int], finished: bool) -> dict[str, str]:
         """A delta's fields. Marks come alone, as tokens do in most streams."""
+        if ids[0] == OPEN and self.thinks:
+            return {}
         if ids[0] in (OPEN, CLOSE):
             held, self.held = self.held, ""
             thought, self.thinks = self.thinks, ids[0] == OPEN
@@ -118,7 +147,8 @@ class Parser:
 @dataclass
 class FakeEngine:
     """``merge``: tokens per delta, cycled. ``context``: as ``max_model_len``. ``eos``: one token in so many ends.
-    ``thinks``: chats run through a parser."""
+    ``thinks``: chats run through a parser, which counts reasoning tokens by its state or, if ``marked``, by the marks
+    in the answer."""
 
     merge: tuple[int, ...] = (1,)
     context: int = 400
@@ -127,6 +157,7 @@ class FakeEngine:
     details: bool = False
     detokenizes: bool = True
     thinks: bool = False
+    marked: bool = False
     calls: list[dict[str, Any]] = field(default_factory=list)
 
     def next_token(self, ids: list[int], ignore_eos: bool, body: dict[str, Any], said: list[int]) -> int:
@@ -260,6 +291,15 @@ class FakeEngine:
             }
         return {"text_offset": [], "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}
 
+    def reasoning(self, parser: Parser | None, said: list[int]) -> dict[str, Any]:
+        """What a thinking engine says of its tokens."""
+        if parser is None:
+            return {}
+        count = parser.counted
+        if self.marked:
+            count = between(said, THINKING)
+        return {"completion_tokens_details": {"reasoning_tokens": count}}
+
     def usage(self, prompt: list[int], count: int) -> dict[str, Any]:
         usage: dict[str, Any] = {
             "prompt_tokens": len(prompt),
@@ -280,7 +320,11 @@ class FakeEngine:
         }
         continuous = bool(options.get("include_usage")) and bool(options.get("continuous_usage_stats"))
         details = {"completion_tokens_details": None} if chat else {}
-        running = lambda count: {"usage": self.usage(prompt, count) | details} if continuous else {}  # noqa: E731
+        running = lambda count: (  # noqa: E731
+            {"usage": self.usage(prompt, count) | details | self.reasoning(parser, said)} if continuous else {}
+        )
+        parser = Parser(prompt, bool(body.get("tools"))) if chat and self.thinks else None
+        said: list[int] = []
         if chat:
             choice = {
                 "index": 0,
@@ -291,8 +335,6 @@ class FakeEngine:
             shown = {"prompt_token_ids": prompt if shows_ids else None, "prompt_text": None}
             yield base | {"choices": [choice]} | running(0) | shown
         count = offset = 0
-        parser = Parser(prompt) if chat and self.thinks else None
-        said: list[int] = []
         echo = "" if chat or not body.get("echo") or shows_ids else decode(prompt)
         for text, ids, finish, reason in self.deltas(body, prompt):
             logprobs = self.logprobs(body, chat, prompt, said, ids)
@@ -302,7 +344,8 @@ class FakeEngine:
             text = echo + text
             choice = {"index": 0} | ({"delta": {"content": text}} if chat else {"text": text})
             if parser is not None:
-                choice["delta"] = parser.parse(text, ids, finish is not None)
+                parser.count(ids)
+                choice["delta"] = parser.called(parser.parse(text, ids, finish is not None))
                 if not (choice["delta"] or finish or shows_ids):
                     count += len(ids)
                     continue
@@ -317,7 +360,21 @@ class FakeEngine:
             last = {"system_fingerprint": "fp"} if finish and not options.get("include_usage") else {}
             yield base | {"choices": [choice]} | running(count) | last
         if options.get("include_usage"):
-            yield base | {"choices": [], "usage": self.usage(prompt, count), "system_fingerprint": "fp"}
+            usage = self.usage(prompt, count) | self.reasoning(parser, said)
+            yield base | {"choices": [], "usage": usage, "system_fingerprint": "fp"}
+
+    def taken_apart(self, ids: list[int], text: str, prompt: list[int], body: dict[str, Any]) -> dict[str, Any]:
+        """The parser for documents: it does not look at the prompt, and takes all for thoughts until one is closed."""
+        detokenizer, count = Detokenizer(prompt), len(_until_closed(ids))
+        thought = "".join(map(detokenizer.step, ids[:count]))
+        content = text[len(thought) :]
+        thought = thought.rstrip()
+        fields: dict[str, Any] = {"reasoning": thought or None, "content": content or None}
+        if body.get("tools") and "b" in content:
+            start = content.index("b")
+            calls = [{"function": {"arguments": f"all: {content[start:]}"}}]
+            fields |= {"content": content[:start] or None, "tool_calls": calls}
+        return fields
 
     def document(self, body: dict[str, Any], chat: bool, prompt: list[int]) -> dict[str, Any]:
         text, ids, finish, reason = "", [], None, None
@@ -333,6 +390,10 @@ class FakeEngine:
         message = {"role": "assistant", "content": text} | dict.fromkeys(
             ("refusal", "annotations", "audio", "function_call", "reasoning")
         )
+        parser = Parser([]) if chat and self.thinks else None
+        if parser is not None:
+            message |= self.taken_apart(ids, text, prompt, body)
+            parser.counted = sum(t not in (OPEN, CLOSE) and t != EOS for t in _until_closed(ids))
         choice |= {"message": message} if chat else {"text": text}
         choice |= {"logprobs": logprobs, "finish_reason": finish, "stop_reason": reason}
         choice["token_ids"] = ids if shows_ids else None
@@ -346,7 +407,9 @@ class FakeEngine:
             "choices": [choice],
             "service_tier": None,
             "system_fingerprint": "fp",
-            "usage": {"prompt_tokens_details": None, "completion_tokens_details": None} | self.usage(prompt, len(ids)),
+            "usage": {"prompt_tokens_details": None, "completion_tokens_details": None}
+            | self.usage(prompt, len(ids))
+            | self.reasoning(parser, ids),
             "kv_transfer_params": None,
             "ec_transfer_params": None,
             "metrics": None,
@@ -354,6 +417,10 @@ class FakeEngine:
         document |= {"prompt_logprobs": None, "prompt_text": None} if chat else {}
         (document if chat else choice)["prompt_token_ids"] = prompt if shows_ids else None
         return document
+
+
+def _until_closed(ids: list[int]) -> list[int]:
+    return ids[: ids.index(CLOSE)] if CLOSE in ids else ids
 
 
 def _offsets(tokens: list[str], offset: int) -> tuple[list[int], int]:
@@ -394,7 +461,10 @@ def serve(
 ) -> tuple[Answer, bytes]:
     """What the dispatcher does: calls until the answer is finished. Returns it and the bytes its client got."""
     way = way or (Way.CHAT_IDS if chat_ids else Way.IDS)
-    answer = Answer(request, mode, context=engine.context, lore=lore, default_limit=default_limit, way=way)
+    thinking = (MARKED if engine.marked else THINKING) if engine.thinks else None
+    answer = Answer(
+        request, mode, context=engine.context, lore=lore, default_limit=default_limit, way=way, thinking=thinking
+    )
     got = b""
     for _ in range(2000):
         limit = script.limits.pop(0) if script.limits else script.rest
@@ -413,7 +483,7 @@ def serve(
             if stop_at is not None and stop_at < len(payloads) and answer.mode is not Mode.WHOLE:
                 rest, payloads = payloads[stop_at:], payloads[:stop_at]
                 got, how = _read(answer, payloads, script.reads, got, "broken" if script.broken else "aborted")
-                if answer.finished:  # too late to cut
+                if answer.finished or not answer.divisible:  # too late to cut
                     got, how = _read(answer, rest, script.reads, got, "finished")
             else:
                 got, how = _read(answer, payloads, script.reads, got, how)
@@ -477,6 +547,9 @@ def joined(data: bytes, request: Request) -> dict[str, Any]:
             for name in ("reasoning", "content"):
                 if delta.get(name) and result["fields"][-1:] != [name]:
                     result["fields"].append(name)
+            result["calls"] = result.get("calls", "") + "".join(
+                call["function"]["arguments"] for call in delta.get("tool_calls", ())
+            )
             result["thoughts"] = result.get("thoughts", "") + delta.get("reasoning", "")
             result["roles"] += [delta["role"]] if "role" in delta else []
             result["finish"] += [(choice["finish_reason"], choice["stop_reason"])] if choice["finish_reason"] else []

@@ -12,7 +12,8 @@ from openai.types.chat import completion_create_params as chat_create_params
 
 from elis_gateway.wire.continuation import Answer, Mode
 from elis_gateway.wire.openai import Route, parse
-from elis_gateway.wire.parameters import CARRIED, PARAMETERS, Kind, Way, carried, unsliceable
+from elis_gateway.wire.parameters import CARRIED, PARAMETERS, Kind, Way, alone_at_last, carried, unsliceable
+from elis_gateway.wire.thoughts import Count, Thinking
 
 STORED = orjson.loads((Path(__file__).parent / "vllm_0_32_parameters.json").read_bytes())
 """The fields of vLLM 0.32.0's ``ChatCompletionRequest`` and ``CompletionRequest``, read off a running one."""
@@ -20,6 +21,11 @@ STORED = orjson.loads((Path(__file__).parent / "vllm_0_32_parameters.json").read
 
 def chat(way: Way = Way.IDS, **body: Any) -> str | None:
     return unsliceable({"model": "m", "messages": [{"role": "user", "content": "hi"}]} | body, True, way)
+
+
+def thoughtful(known: Thinking | None = None, **body: Any) -> str | None:
+    whole = {"model": "m", "messages": [{"role": "user", "content": "hi"}]} | body
+    return unsliceable(whole, True, Way.THOUGHTS, known)
 
 
 def completion(way: Way = Way.IDS, **body: Any) -> str | None:
@@ -165,3 +171,40 @@ def test_a_seed_that_json_cannot_carry_reaches_the_engine_as_it_was_written() ->
     raw = b'{"model":"served","prompt":"x","temperature":0,"stream":true,"seed":1180591620717411303424}'
     answer = Answer(parse(Route.COMPLETIONS, raw), Mode.IDS)
     assert (answer.reason, answer.call(None, model="served").body) == ("seed", raw)
+
+
+# -- reasoning parsers ------------------------------------------------------------------------------------------------
+
+KNOWN = Thinking(1, 2, streamed=Count.SUMMED, whole=Count.UNMARKED, waits=True)
+USAGE = {"include_usage": True}
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+LATER: list[dict[str, Any]] = [
+    {"tools": TOOLS}, {"tools": TOOLS, "tool_choice": "required"}, {"response_format": {"type": "json_object"}},
+    {"structured_outputs": {"choice": ["a"]}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", LATER)
+def test_what_has_no_say_in_thoughts_does_not_keep_them_in_one_call(body: dict[str, Any]) -> None:
+    assert thoughtful(KNOWN, stream=True, **body) is None
+    assert thoughtful(KNOWN._replace(waits=False), stream=True, **body) is not None
+    assert thoughtful(None, stream=True, **body) is not None
+    assert chat(Way.PARSED, **body) is not None
+    assert alone_at_last({"stream": True} | body)
+
+
+def test_what_is_known_of_the_parser_decides_over_documents_and_usage() -> None:
+    assert thoughtful(KNOWN) is None
+    assert thoughtful(KNOWN._replace(whole=None)) == "reasoning of a whole document"
+    assert thoughtful(KNOWN, stream=True, stream_options=USAGE) is None
+    assert thoughtful(KNOWN._replace(streamed=None), stream=True, stream_options=USAGE) == "usage of reasoning tokens"
+    running = USAGE | {"continuous_usage_stats": True}
+    assert thoughtful(KNOWN, stream=True, stream_options=running) == "running usage of reasoning tokens"
+    assert thoughtful(KNOWN, include_reasoning=False) == "include_reasoning"
+
+
+def test_a_stream_without_any_of_it_is_sliced_to_its_end() -> None:
+    assert not alone_at_last(
+        {"stream": True, "tools": TOOLS, "tool_choice": "none", "response_format": {"type": "text"}}
+    )
+    assert alone_at_last({})

@@ -46,6 +46,13 @@ def test_an_engines_refusal_keeps_its_words() -> None:
     html = errors.UpstreamRefused(502, b"<html>bad gateway</html>")
     assert problem(html).status == 502
     assert orjson.loads(problem(html).body)["error"]["code"] == "upstream_status_502"
+    assert orjson.loads(problem(html).body)["error"]["message"] == "<html>bad gateway</html>"
+    silent = errors.UpstreamRefused(500, b"")
+    assert orjson.loads(problem(silent).body)["error"]["message"] == "upstream answered 500"
+    plain = errors.UpstreamRefused(400, b"Internal: \xff too long\n" + b"x" * 9000)
+    message = orjson.loads(problem(plain).body)["error"]["message"]
+    assert message.startswith("Internal: \ufffd too long\nxx")
+    assert len(message) <= 2000
     detail = errors.UpstreamRefused(422, b'{"detail": "no"}')
     assert problem(detail).body == b'{"detail": "no"}'
     assert error_body(detail) == {"error": {"detail": "no"}}

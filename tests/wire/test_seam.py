@@ -10,10 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from elis_gateway.wire.continuation import Lore, Mode
+from elis_gateway.core.slice import SliceEnd
+from elis_gateway.wire.continuation import Answer, Lore, Mode
 from elis_gateway.wire.openai import Request, Route
 from elis_gateway.wire.parameters import Way, unsliceable
-from tests.wire.fake_engine import FakeEngine, Script, direct, joined, make_request, serve
+from tests.wire.fake_engine import CLOSE, THINKING, FakeEngine, Script, direct, joined, make_request, serve
 
 EXAMPLES = int(os.environ.get("ELIS_SEAM_EXAMPLES", "300"))
 """More of them is a longer night: 300 take seconds."""
@@ -255,6 +256,41 @@ def test_thoughts_go_on_as_thoughts(body: dict[str, Any], script: Script) -> Non
     assert _without_order(joined(got, request)) == _without_order(expected)
     if joined(got, request)["fields"] == ["reasoning", "content"]:
         assert answer.content == expected["text"]
+
+
+def test_what_follows_the_thoughts_is_not_interrupted() -> None:
+    request = make_request(Route.CHAT, seed_text="s0", temperature=0, max_tokens=80, stream=True, tools=[{"x": 1}])
+    answer = Answer(request, Mode.IDS, context=400, way=Way.THOUGHTS, thinking=THINKING)
+    payloads = FakeEngine(thinks=True).run(answer.call(None, model="served"))
+    seen = []
+    for payload in payloads:
+        seen.append((answer.divisible, CLOSE in ((orjson.loads(payload)["choices"][0].get("token_ids")) or ())))
+        answer.feed([payload])
+        if seen[-1][1]:
+            break
+    assert len(seen) > 5
+    assert all(divisible for divisible, _ in seen)
+    assert not answer.divisible
+    assert answer.end_slice("broken") is SliceEnd.FAILED  # its client has seen what nobody could go on from
+
+
+@given(bodies, scripts, st.booleans(), st.booleans(), st.booleans())
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_after_the_thoughts_comes_one_call(
+    body: dict[str, Any], script: Script, tools: bool, usage: bool, marked: bool
+) -> None:
+    """Documents, and streams whose tools or grammar nobody could take over: their thoughts are cut, the rest is not."""
+    body = {"stream": False, **body}
+    body.pop("return_token_ids", None)
+    if usage and body["stream"]:
+        body["stream_options"] = {"include_usage": True}
+    if tools:
+        body["tools"] = [{"type": "function", "function": {"name": "f"}}]
+    request = make_request(Route.CHAT, **body)
+    engine = FakeEngine(thinks=True, marked=marked)
+    expected = joined(direct(FakeEngine(thinks=True, marked=marked), request), request)
+    _, got = serve(engine, request, script, way=Way.THOUGHTS)
+    assert _without_order(joined(got, request)) == _without_order(expected)
 
 
 def _without_order(result: dict[str, Any]) -> dict[str, Any]:
