@@ -245,6 +245,11 @@ class History:
         """Even odds of what remains after ``attained`` tokens, in tokens; a broad guess before the first answer."""
         return self._table(model, app).median(attained)
 
+    def own(self, model: str, app: str) -> float:
+        """How many answers of its own, as they count today, an application's lengths rest on."""
+        known = self._apps.get((model, app))
+        return 0.0 if known is None else known.seen
+
     def _model(self, model: str, times: int = 1) -> _Lengths:
         return self._models.use(model, lambda: _Lengths(self._all), times)
 

@@ -6,11 +6,17 @@ Three things are learned from every finished job, for all of them, for its model
 each leaning on the one above, so that a new application begins as its model's average and soon has its own mind:
 
 *History*: the distribution of answer lengths (``predictor.history``), whose median of what remains is the anchor.
-*A line*: ridge regression of log(remaining tokens / anchor) on the shipped model's prediction, the anchor, the text's
+*A line*: ridge regression of log(remaining tokens / origin) on the shipped model's prediction, the anchor, the text's
 counters and the projection of the prompt's embedding. Coefficients lean on those of the level above; the penalty of
-each is in units of its own variance, so nobody has to scale anything.
+each is in units of its own variance, so nobody has to scale anything, and that of the constant is for what the level's
+mean answer is off by.
 *The spread*: how far the truth lay from the line, as a ratio, by tokens attained: Kaplan-Meier hazards over log
 ratios. Scaled by the line's prediction they are the distribution: its mean, its median, its Gittins index.
+
+The *origin* is what is said before anything is known of how right it is: the shipped model's prediction, and of the
+anchor the more, the more of the application's own answers it rests on. All that is learned says how far to go from
+there, and how far it may be followed is measured on answers that it had not learned from: little evidence, or evidence
+of nothing, leaves estimates where they were.
 
 A job that was cancelled or cut off is a lower bound: for the spread as such, for the line as the expectation given
 that bound (Buckley and James 1979). An absurd length moves the line no further than one that is off by e^2; of one
@@ -47,7 +53,7 @@ __all__ = ["Learner", "Prediction", "Sight"]
 
 _log = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 3
 
 Vector = npt.NDArray[np.float64]
 Inputs = npt.NDArray[np.float32]
@@ -60,9 +66,10 @@ _RARE = 0.05
 """Least variance that a counter is taken to have: one that was hardly ever anything but zero must not say much."""
 _ROWS = 16
 """Moments of one job that teach, at most."""
-_FIXED = 5
-"""Inputs that are always there: 1, the anchor, and relative to the anchor the shipped prediction and what the first
-estimate leaves, early in the answer and later."""
+_FIXED = 7
+"""Inputs that are always there: 1; the shipped prediction; the anchor beside it, as far as it rests on answers of the
+application's own, early in the answer and later, and as far as it does not; and what the first estimate leaves beside
+the origin, early and later."""
 _FADES = 150.0
 """Tokens after which early is over, by a factor of e."""
 _DAMPING = 0.5
@@ -72,11 +79,14 @@ _LEAST_LEFT = 25.0
 """Tokens that the first estimate leaves at least."""
 _ANCHOR = log(200.0)
 """Where the anchor's input is zero."""
-_TRUST = 0.6
-"""Believed weight of the shipped prediction against the anchor before anything was seen."""
-_PENALTY_FIXED = (1.0, 10.0, 10.0, 10.0, 10.0)
+_EARLY, _LATER = 0.6, 0.3
+"""Believed weight of the anchor against the shipped prediction, which soon has a text to read, where the anchor rests
+on the application's own answers alone."""
+_OWN = 8.0
+"""Answers of its own at which an application's anchor is half its own."""
+_PENALTY_FIXED = (40.0, *(50.0,) * 6)
 _PENALTY_FEATURES = 200.0
-_PENALTY_REDUCED = 600.0
+_PENALTY_REDUCED = 300.0
 """Rows at which data and belief weigh the same, for an input of variance 1. Chosen on validation prompts."""
 _RENEW = 0.1
 """Share of new answers after which a line, a slope or a table is made anew. At half of it tau is 0.001 better."""
@@ -118,6 +128,8 @@ class Prediction(NamedTuple):
     attained: int
     anchor: float
     """Log of history's median of what remains."""
+    origin: float
+    """Log of what would have been said had nothing been learned but history."""
     inputs: Inputs
     kind: int
     """Which spread."""
@@ -170,32 +182,34 @@ class Learner:
         """What remains of a job. Tens of microseconds."""
         level = self._apps.get((model, app)) or self._models.get(model) or self._all
         anchor = log(self.history.median(model, app, sight.attained))
-        inputs = self._vector(sight, anchor)
+        origin, inputs = self._vector(sight, anchor, self.history.own(model, app))
         kind = _kind(sight)
         spread = level.spreads[kind]
-        scale = exp(min(max(anchor + spread.place(level.line(inputs)), 0.0), 13.0))
-        made = Prediction(*spread.table()(scale, sight.allowed), scale, sight.attained, anchor, inputs, kind)
+        scale = exp(min(max(origin + spread.place(level.line(inputs)), 0.0), 13.0))
+        made = Prediction(*spread.table()(scale, sight.allowed), scale, sight.attained, anchor, origin, inputs, kind)
         if sight.first is None or not sight.attained:
             return made
         # Half of the index is the first estimate's, counted down.
         left = max(sight.first - sight.attained, _LEAST_LEFT) * made.mean / scale
         return made._replace(gittins=_within(made.gittins * (left / made.mean) ** _DAMPING, _most(sight.allowed)))
 
-    def _vector(self, sight: Sight, anchor: float) -> Inputs:
+    def _vector(self, sight: Sight, anchor: float, seen: float) -> tuple[float, Inputs]:
+        """The origin and the line's inputs; ``seen``: answers of its own that the anchor rests on."""
         inputs = np.zeros(self.inputs, dtype=np.float32)
-        inputs[0] = 1.0
-        inputs[1] = anchor - _ANCHOR
-        if sight.shipped is not None:
-            inputs[2] = min(max(sight.shipped - anchor, -3.0), 3.0)
+        early = exp(-sight.attained / _FADES)
+        shipped = anchor if sight.shipped is None else sight.shipped
+        beside = min(max(anchor - shipped, -3.0), 3.0)
+        own = beside * seen / (seen + _OWN)
+        origin = shipped + (_EARLY * early + _LATER * (1.0 - early)) * own
+        inputs[:_FIXED] = 1.0, shipped - _ANCHOR, own * early, own * (1.0 - early), beside - own, 0.0, 0.0
         if sight.first is not None and sight.attained:
-            left = log(max(sight.first - sight.attained, _LEAST_LEFT)) - anchor
-            early = exp(-sight.attained / _FADES)
-            inputs[3], inputs[4] = left * early, left * (1.0 - early)
+            left = log(max(sight.first - sight.attained, _LEAST_LEFT)) - origin
+            inputs[5], inputs[6] = left * early, left * (1.0 - early)
         if sight.features is not None and self.features:
             inputs[_FIXED : _FIXED + self.features] = sight.features
         if sight.reduced is not None and self.reduced:
             inputs[_FIXED + self.features :] = sight.reduced
-        return inputs
+        return origin, inputs
 
     # ---- across restarts and models ------------------------------------------------------------------------------
 
@@ -241,13 +255,13 @@ class Learner:
         try:
             with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 names = json.loads(file["names"].tobytes())
-                if names["version"] != _VERSION:
+                if names["version"] not in (2, _VERSION):
                     raise ValueError(f"version {names['version']!r}, expected {_VERSION}")
                 self.history.restore(names["history"])
-                if names["layout"] == self.layout:
+                if (names["version"], names["layout"]) == (_VERSION, self.layout):
                     self._restore(names, file)
                 else:
-                    _log.info("learned state %s: made with another model; its history is kept", path)
+                    _log.info("learned state %s: made with another model or version; its history is kept", path)
                 return dict(names["more"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
             _log.warning(
@@ -288,7 +302,7 @@ class Learner:
         if not made:
             return
         rows = np.array([each.inputs for each in made])
-        trues = [(log(max(tokens - each.attained, 0.5)) - each.anchor, each.kind) for each in made]
+        trues = [(log(max(tokens - each.attained, 0.5)) - each.origin, each.kind) for each in made]
         with self._lock:
             for level, weight in self._levels(model, app):
                 level.learn(rows, trues, complete, weight, self._growth)
@@ -321,7 +335,7 @@ _AGES = (0, 99, 199, 399)
 _KINDS = 2 * (len(_AGES) + 1)
 
 _True = tuple[float, int]
-"""Log of (what remained / anchor), and which spread."""
+"""Log of (what remained / origin), and which spread."""
 
 
 def _chosen(made: list[Prediction]) -> list[Prediction]:
@@ -362,10 +376,7 @@ class _Level:
         """Answers since the beginning."""
         self.due = 1
         """``count`` at which to solve again."""
-        if parent is None:
-            self.coefficients = _first(inputs)
-        else:
-            self.coefficients = parent.coefficients
+        self.coefficients: Inputs = np.zeros(inputs, dtype=np.float32) if parent is None else parent.coefficients
         self.low: Inputs = np.full(inputs, -np.inf, dtype=np.float32) if parent is None else parent.low
         self.high: Inputs = np.full(inputs, np.inf, dtype=np.float32) if parent is None else parent.high
         self.spreads: list[_Spread] = [
@@ -376,7 +387,7 @@ class _Level:
         """What applications gave that are hardly known: together they count here as one."""
 
     def lines(self, inputs: Inputs) -> list[float]:
-        """Log of (what remains / anchor) for every row, within bounds."""
+        """Log of (what remains / origin) for every row, within bounds."""
         seen = np.minimum(np.maximum(inputs, self.low), self.high) @ self.coefficients
         lines: list[float] = np.minimum(np.maximum(seen, -_CLIP), _CLIP).tolist()
         return lines
@@ -456,7 +467,6 @@ class _Level:
         total = self.moments[0, 0]
         if total <= 0.0:
             return
-        believed = self.parent.coefficients if self.parent is not None else _first(len(penalty))
         mean = self.moments[0] / total
         variance = np.maximum(self.moments.diagonal() / total - mean**2, 0.0)
         reach = _SEEN * np.sqrt(variance)
@@ -468,20 +478,24 @@ class _Level:
         if reduced:
             variance[counters:] = max(variance[counters:].mean(), 1e-5)
         lean = penalty * variance * (_STEPS[self.depth] * self.unit)
-        left = self.moments.copy()
+        # Around the mean. Inputs that hardly vary here must not share in what all answers here have in common, as they
+        # could for next to nothing: that is the constant's, and has its price.
+        left = self.moments - np.outer(mean, self.moments[0])
+        right = self.with_target - mean * self.with_target[0]
+        left[0, 0], right[0] = total, self.with_target[0]
         left.flat[:: len(left) + 1] += lean
-        self.coefficients = np.linalg.solve(left, self.with_target + lean * believed).astype(np.float32)
+        if self.parent is not None:
+            believed = self.parent.coefficients.astype(np.float64)
+            believed[0] = believed @ mean
+            right += lean * believed
+        found = np.linalg.solve(left, right)
+        found[0] -= found[1:] @ mean[1:]
+        self.coefficients = found.astype(np.float32)
 
 
 @cache
 def _upper(size: int) -> tuple[npt.NDArray[np.intp], ...]:
     return np.triu_indices(size)
-
-
-def _first(inputs: int) -> Inputs:
-    believed = np.zeros(inputs, dtype=np.float32)
-    believed[2] = _TRUST
-    return believed
 
 
 # ---- spreads --------------------------------------------------------------------------------------------------------
@@ -493,11 +507,14 @@ _EDGES: list[float] = np.exp(np.linspace(_LOW, _HIGH, _BINS + 1)).tolist()
 """Bin i holds the ratios from _EDGES[i] to _EDGES[i + 1]; what lies outside counts in the bins at the ends."""
 _WIDTHS = [high - low for low, high in pairwise(_EDGES)]
 _HIGHEST = _EDGES[-1]
-_STRENGTH = 8.0
-"""Answers that what is known at the level above counts as."""
+_STRENGTH = 30.0
+"""Answers that what is known at the level above counts as. The shape of an error is much alike everywhere, and a median
+made of a few answers of one application puts all of its jobs in the wrong place."""
 _GROWTH = 300.0 / 299.0
 """How much more the next surprise counts: the line gets better, how wrong it was at first is of no interest."""
-_SLOPE_STRENGTH, _SLOPE_VARIANCE = 30.0, 0.15
+_SLOPE = 0.5
+"""How far a line is followed of which nothing is known."""
+_SLOPE_STRENGTH, _SLOPE_VARIANCE = 100.0, 0.09
 """The same for slope and shift of the line, and the variance of what it says that goes with it."""
 
 
@@ -509,6 +526,15 @@ def _prior() -> list[float]:
 
 
 _PRIOR = _prior()
+
+
+def _coming(hazards: Sequence[float]) -> list[float]:
+    """Of each bin: the share of all that comes so far."""
+    left, shares = 1.0, []
+    for hazard in hazards:
+        shares.append(left)
+        left = max(left * (1.0 - hazard), 1e-9)
+    return shares
 
 
 class _Spread:
@@ -533,7 +559,7 @@ class _Spread:
         self.unit = 1.0
         """What one surprise counts now."""
         self.changes = 0
-        self.slope: float = 1.0 if parent is None else parent.slope
+        self.slope: float = _SLOPE if parent is None else parent.slope
         self.shift: float = 0.0 if parent is None else parent.shift
         self._placed = self._built = 0
         """``changes`` at which slope, and hazards, are due."""
@@ -541,7 +567,7 @@ class _Spread:
         self._table: _Table | None = None
 
     def place(self, line: float) -> float:
-        """What to make of what the line says: log of (what remains / anchor)."""
+        """What to make of what the line says: log of (what remains / origin)."""
         if self.changes >= self._placed:
             self._calibrate()
         return self.shift + self.slope * line
@@ -553,7 +579,7 @@ class _Spread:
 
     def _calibrate(self) -> None:
         self._placed = self._next()
-        slope, shift = (1.0, 0.0) if self.parent is None else self.parent._slant()
+        slope, shift = (_SLOPE, 0.0) if self.parent is None else self.parent._slant()
         count = self.weight / self.unit
         if count > 0.0:
             lines, trues = self.line / self.unit, self.true / self.unit
@@ -607,14 +633,15 @@ class _Spread:
             self._built = self._next()
             self._table = None
             prior = _PRIOR if self.parent is None else self.parent.hazards()
-            hazards = [0.0] * _BINS
             strength = _STRENGTH * self.unit
-            beyond = strength
-            for i in range(_BINS - 1, -1, -1):
+            hazards = [0.0] * _BINS
+            own = 0.0
+            for i, share in zip(range(_BINS - 1, -1, -1), reversed(_coming(prior)), strict=True):
                 ended = self.ended[i]
-                beyond += ended
-                hazards[i] = (ended + strength * prior[i]) / beyond
-                beyond += self.lasted[i]
+                own += ended
+                believed = strength * share
+                hazards[i] = (ended + believed * prior[i]) / (own + believed)
+                own += self.lasted[i]
             self._hazards = hazards
         return self._hazards
 

@@ -31,14 +31,15 @@ class Plain:
 
     def see(self, model: str, app: str, sight: Sight) -> tuple[np.ndarray, float, int, int]:
         anchor = log(self.history.median(model, app, sight.attained))
-        return self.vectors._vector(sight, anchor).astype(float), anchor, real._kind(sight), sight.attained
+        origin, inputs = self.vectors._vector(sight, anchor, self.history.own(model, app))
+        return inputs.astype(float), origin, real._kind(sight), sight.attained
 
     def predict(self, model: str, app: str, sight: Sight) -> tuple[float, float, float]:
         level = self.levels.get((model, app)) or self.levels.get(model) or self.levels[None]
-        inputs, anchor, kind, _ = self.see(model, app, sight)
+        inputs, origin, kind, _ = self.see(model, app, sight)
         spread = level.spreads[kind]
         slope, shift = spread.slant()
-        scale = exp(min(max(anchor + shift + slope * level.line(inputs), 0.0), 13.0))
+        scale = exp(min(max(origin + shift + slope * level.line(inputs), 0.0), 13.0))
         survival = spread.survival()
         ends = survival[:-1] - survival[1:]
         mean = RATIOS[0] + float(np.sum(np.diff(RATIOS) * (survival[1:] + 0.5 * ends)))
@@ -58,7 +59,7 @@ class Level:
         self.parent, self.whole, self.depth = parent, whole, depth
         size = len(whole.penalty)
         self.moments, self.with_target = np.zeros((size, size)), np.zeros(size)
-        self.coefficients = real._first(size).astype(float) if parent is None else parent.coefficients
+        self.coefficients = np.zeros(size) if parent is None else parent.coefficients
         self.low, self.high = (
             (np.full(size, -np.inf), np.full(size, np.inf)) if parent is None else (parent.low, parent.high)
         )
@@ -70,11 +71,11 @@ class Level:
     def learn(self, seen: list[tuple[np.ndarray, float, int, int]], tokens: int, complete: bool) -> None:
         self.moments *= self.whole.decay
         self.with_target *= self.whole.decay
-        for inputs, anchor, kind, attained in seen:
+        for inputs, origin, kind, attained in seen:
             spread, line, weight = self.spreads[kind], self.line(inputs), 1.0 / sqrt(len(seen))
             slope, shift = spread.slant()
             placed = shift + slope * line
-            bound = off = log(max(tokens - attained, 0.5)) - anchor - placed
+            bound = off = log(max(tokens - attained, 0.5)) - origin - placed
             if not complete:
                 off, sure = spread.beyond(bound)
                 weight *= sure
@@ -99,8 +100,13 @@ class Level:
         variance[fixed:counters] = np.maximum(variance[fixed:counters], real._RARE)
         variance[counters:] = max(variance[counters:].mean(), 1e-5)
         lean = self.whole.penalty * variance * real._STEPS[self.depth]
-        believed = self.parent.coefficients if self.parent else real._first(len(mean))
-        self.coefficients = np.linalg.solve(self.moments + np.diag(lean), self.with_target + lean * believed)
+        believed = self.parent.coefficients.copy() if self.parent else np.zeros(len(mean))
+        believed[0] += believed[1:] @ mean[1:]
+        # The same line in inputs of which the mean is taken off: turn @ inputs.
+        turn = np.eye(len(mean))
+        turn[1:, 0] = -mean[1:]
+        moments, with_target = turn @ self.moments @ turn.T, turn @ self.with_target
+        self.coefficients = turn.T @ np.linalg.solve(moments + np.diag(lean), with_target + lean * believed)
 
 
 class Spread:
@@ -109,7 +115,7 @@ class Spread:
         self.ended, self.lasted, self.sums = np.zeros(real._BINS), np.zeros(real._BINS), np.zeros(5)
 
     def slant(self) -> tuple[float, float]:
-        slope, shift = self.parent.slant() if self.parent else (1.0, 0.0)
+        slope, shift = self.parent.slant() if self.parent else (real._SLOPE, 0.0)
         count, lines, trues, squares, products = self.sums
         if count > 0.0:
             believed = real._SLOPE_STRENGTH * real._SLOPE_VARIANCE
@@ -132,9 +138,10 @@ class Spread:
             prior = 1.0 - beyond[1:] / beyond[:-1]
         else:
             prior = self.parent.hazards()
+        believed = real._STRENGTH * np.append(1.0, np.cumprod(1.0 - prior)[:-1])
         gone = self.ended + self.lasted
         after = np.append(np.cumsum(gone[::-1])[::-1][1:], 0.0)
-        return (self.ended + real._STRENGTH * prior) / (self.ended + after + real._STRENGTH)
+        return (self.ended + believed * prior) / (self.ended + after + believed)
 
     def survival(self) -> np.ndarray:
         kept = 1.0 - np.minimum(self.hazards(), 0.999999)
