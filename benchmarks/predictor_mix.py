@@ -3,10 +3,10 @@
     python -m benchmarks.predictor_mix all.jsonl.gz elis_gateway/predictor/models/encode-once \
         --out benchmarks/results/predictor-mix.json
 
-Answers of the validation split, which neither the head nor its projection was fitted to (the head's early stopping saw
-them): every source is an application, every recorded model a served one. In three parts by group of prompts, each judged
-by a learner taught so many answers, drawn from the other two, over all applications together. Beside what was learned:
-the shipped model alone, and the learner's own history. *Error*: the mean of |log(said / true)|. Intervals of the
+Answers of the validation split, which the head was not fitted to (it was told by them when to stop): every source is an
+application, every recorded model a served one. In three parts by group of prompts, each judged by a learner taught so
+many answers, drawn from the other two, over all applications together. Beside what was learned: the shipped model
+alone, and the learner's own history. *Error*: the mean of |log(said / true)|. Intervals of the
 differences draw groups. The learner's few constants were chosen on these prompts. Budget: some two minutes.
 """
 
