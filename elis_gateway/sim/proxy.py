@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
-from elis_gateway.sim.server_send import reset
+from elis_gateway.sim.sockets import close_listener, reset
 from elis_gateway.tasks import spawn
 
 __all__ = ["FaultProxy"]
@@ -50,11 +50,11 @@ class FaultProxy:
 
     async def stop(self) -> None:
         """Stop listening and tear off everything."""
+        server, self._server = self._server, None
+        if server is not None:
+            await close_listener(server)
         self.tear()
         self.thaw()
-        if self._server is not None:
-            self._server.close()
-            self._server = None
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:

@@ -21,8 +21,8 @@ from elis_gateway.sim.server_calls import CHAT, COMPLETIONS
 from elis_gateway.sim.server_config import ServerConfig
 from elis_gateway.sim.server_log import RequestLog
 from elis_gateway.sim.server_routes import Routes
-from elis_gateway.sim.server_send import reset
 from elis_gateway.sim.server_sim import Sim
+from elis_gateway.sim.sockets import close_listener, reset
 
 __all__ = ["ServerConfig", "Sim", "SimServer", "make_app", "run", "serve"]
 
@@ -56,6 +56,7 @@ class SimServer:
         self.sim = Sim(config)
         self.port = config.port
         self._runner: web.AppRunner | None = None
+        self._listener: asyncio.Server | None = None
 
     @property
     def url(self) -> str:
@@ -80,36 +81,41 @@ class SimServer:
             make_app(self.config, self.sim), handler_cancellation=True, access_log=None, shutdown_timeout=1.0
         )
         await runner.setup()
+        assert runner.server is not None
         try:
-            await web.TCPSite(runner, self.config.host, self.port, reuse_address=True, backlog=1024).start()
+            self._listener = await asyncio.get_running_loop().create_server(
+                runner.server, self.config.host, self.port, reuse_address=True, backlog=1024
+            )
         except OSError:
             await runner.cleanup()
             raise
-        self.port = runner.addresses[0][1]
+        self.port = self._listener.sockets[0].getsockname()[1]
         self._runner = runner
 
     async def stop(self) -> None:
         """Stop listening, give calls a second, close."""
-        runner, self._runner = self._runner, None
+        runner = await self._deaf()
         if runner is not None:
             await runner.cleanup()
 
     async def kill(self) -> None:
         """As if the process died: no listener, every connection reset, the engine and its cache forgotten."""
-        runner, self._runner = self._runner, None
+        runner = await self._deaf()
         if runner is None:
             return
-        for site in list(runner.sites):
-            await site.stop()
         self.sim.die()
-        server = runner.server
-        for connection in [] if server is None else server.connections:
+        assert runner.server is not None
+        for connection in runner.server.connections:
             reset(connection.transport)
         await runner.cleanup()
-        # One that had been accepted, but was not a connection yet, when the listener closed.
-        await asyncio.sleep(0)
-        for connection in [] if server is None else server.connections:
-            reset(connection.transport)
+
+    async def _deaf(self) -> web.AppRunner | None:
+        """Listen no more; what answered the connections there are, if this was running."""
+        runner, self._runner = self._runner, None
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            await close_listener(listener)
+        return runner
 
     async def restart(self) -> None:
         """``kill``, and a fresh engine on the same port."""

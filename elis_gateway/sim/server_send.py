@@ -6,9 +6,6 @@ Knows: aiohttp's responses, how each fault looks on the wire. Never: parsing, wh
 from __future__ import annotations
 
 import asyncio
-import socket
-import struct
-from contextlib import suppress
 
 from aiohttp import web
 
@@ -16,29 +13,15 @@ from elis_gateway.sim.faults import Fault
 from elis_gateway.sim.script import Script
 from elis_gateway.sim.server_pace import Ticket
 from elis_gateway.sim.server_shapes import StreamShape, error_event
+from elis_gateway.sim.sockets import reset
 
-__all__ = ["EngineDied", "reset", "send_stream", "send_whole"]
+__all__ = ["EngineDied", "send_stream", "send_whole"]
 
 _GARBAGE = b'data: {"id": "cmpl-0", "choices": [{"index": 0, "te\n\ndata: \xff\xfe\x00 not json\n\n'
 
 
 class EngineDied(Exception):
     """The engine was killed while this call was in it."""
-
-
-def reset(transport: asyncio.BaseTransport | None) -> None:
-    """Close a connection the way a dying process does: at once, with a reset, without what is still buffered."""
-    if transport is None:
-        return
-    sock = transport.get_extra_info("socket")
-    if sock is not None:
-        # Closed already, from the other side: there is nothing left to reset.
-        with suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    if isinstance(transport, asyncio.WriteTransport) or hasattr(transport, "abort"):
-        transport.abort()
-    else:
-        transport.close()
 
 
 async def _for_ever() -> None:

@@ -22,8 +22,9 @@ from elis_gateway.sim.server_calls import Call, Refusal, Unauthorized, bad_reque
 from elis_gateway.sim.server_config import ServerConfig
 from elis_gateway.sim.server_log import Record, RequestLog
 from elis_gateway.sim.server_pace import BlockCache, Pacer, Ticket
-from elis_gateway.sim.server_send import EngineDied, reset, send_stream, send_whole
+from elis_gateway.sim.server_send import EngineDied, send_stream, send_whole
 from elis_gateway.sim.server_shapes import StreamShape, whole
+from elis_gateway.sim.sockets import reset
 from elis_gateway.sim.voice import Spoken, Voice
 
 __all__ = ["Sim", "authorize", "refused"]
