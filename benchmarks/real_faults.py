@@ -6,8 +6,10 @@
 *kill*: two vLLMs behind a gateway, one answer on each; `kill -9` to one of them when both have begun. What the clients
 get is compared with what the engine gives undisturbed (float32, temperature 0).
 
-*hangup*: a client after the other streams through the gateway, and closes its socket after a few tokens. How long until
-the engine says that nothing runs (vLLM's gauges, llama.cpp's slots), beside the engine's own step.
+*hangup*: a client after the other streams, and closes its socket after a few tokens: straight from the engine and
+through the gateway, in turns. How long until the engine says that nothing runs (vLLM's gauges, llama.cpp's slots), how
+many steps it made that nobody got (by its own count), and which part of that is the gateway's: between it and the
+engine a tap notes when it hung up.
 
 Knows: real engines, their processes and gauges. Never: the embedded engine (that is ``chaos`` and ``disconnects``).
 """
@@ -17,14 +19,16 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple, cast
+from urllib.parse import urlsplit
 
 import aiohttp
 import click
@@ -40,6 +44,10 @@ from loadtest import engines
 
 COMPLETIONS = "/v1/completions"
 MODEL = vllm_engine.MODEL
+STEPS = {"vllm": r"^vllm:iteration_tokens_total_count(?:\{.*\})? (\S+)$", "llama": r"^llamacpp:n_decode_total (\S+)$"}
+"""How an engine's metrics count its steps."""
+LIMIT = 0.1
+"""Seconds within which the gateway is to hang up when its client has."""
 PROMPTS = (
     "Once upon a time there was a small lighthouse",
     "The three most important rules of a good kitchen are",
@@ -143,10 +151,12 @@ async def killed(tokens: int) -> dict[str, Any]:
 async def _both_up(session: aiohttp.ClientSession, front: Process) -> None:
     async with asyncio.timeout(60):
         while True:
-            async with session.get(front.admin + "/admin/upstreams") as response:
-                shown = orjson.loads(await response.read())["upstreams"]
-            if all(u["in_service"] for u in shown):
-                return
+            # The public listener is up before the admin one.
+            with suppress(aiohttp.ClientConnectorError):
+                async with session.get(front.admin + "/admin/upstreams") as response:
+                    shown = orjson.loads(await response.read())["upstreams"]
+                if all(u["in_service"] for u in shown):
+                    return
             await asyncio.sleep(0.1)
 
 
@@ -161,51 +171,193 @@ async def _busy(session: aiohttp.ClientSession, url: str, engine: str) -> float:
     return seen.running + seen.waiting
 
 
+async def _steps(session: aiohttp.ClientSession, url: str, engine: str) -> int:
+    """Steps the engine has made so far."""
+    async with session.get(url + "/metrics") as response:
+        found = re.findall(STEPS[engine], await response.text(), re.MULTILINE)
+    return int(sum(map(float, found)))
+
+
+class Tap:
+    """A port that passes everything on to the engine's, and notes when who asked there hung up."""
+
+    def __init__(self, target: int) -> None:
+        self.target = target
+        self.hung_up = 0.0
+        self._server: asyncio.Server | None = None
+        self._ends: set[_End] = set()
+
+    @property
+    def url(self) -> str:
+        assert self._server is not None
+        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def __aenter__(self) -> Tap:
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: _End(self._ends, self._call), "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        assert self._server is not None
+        self._server.close()
+        for end in list(self._ends):
+            end.transport.abort()
+        await asyncio.sleep(0)
+
+    async def _call(self, caller: _End) -> None:
+        """Connect a caller to the engine."""
+        loop = asyncio.get_running_loop()
+        _, engine = await loop.create_connection(lambda: _End(self._ends), "127.0.0.1", self.target)
+        caller.join(engine, self._noted)
+
+    def _noted(self) -> None:
+        self.hung_up = time.monotonic()
+
+
+class _End(asyncio.Protocol):
+    """One side of a connection through a tap; what one side has said or done, the other one does at once."""
+
+    def __init__(self, ends: set[_End], begun: Callable[[_End], Any] | None = None) -> None:
+        self.transport: asyncio.Transport
+        self._ends, self._begun = ends, begun
+        self._other: _End | None = None
+        self._lost: Callable[[], None] | None = None
+        self._early = b""
+        self._calling = False
+        """The last it asked for was an answer, not a probe."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self._ends.add(self)
+        if self._begun is not None:
+            spawn(self._begun(self), name="tap")
+
+    def join(self, engine: _End, lost: Callable[[], None]) -> None:
+        self._other, engine._other, self._lost = engine, self, lost
+        engine.transport.write(self._early)
+        if self.transport.is_closing():
+            engine.transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        if data.startswith((b"GET ", b"POST ")):
+            self._calling = data.startswith(b"POST " + COMPLETIONS.encode())
+        if self._other is None:
+            self._early += data
+        else:
+            self._other.transport.write(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._ends.discard(self)
+        if self._lost is not None and self._calling:
+            self._lost()
+        if self._other is not None:
+            self._other.transport.abort()
+
+
+class Left(NamedTuple):
+    """What a hang-up led to. Seconds from it."""
+
+    idle: float
+    """Until the engine said that nothing runs."""
+    gateway: float | None
+    """Until the gateway had hung up; None: there was none."""
+    steps: int
+    """The engine made and nobody got."""
+
+
+class Leaver:
+    """Clients of one engine that stream and go, one after the other."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, engine: str, tap: Tap) -> None:
+        self._session, self._url, self._engine, self._tap = session, url, engine, tap
+        self.gaps: list[float] = []
+        self.looks: list[float] = []
+
+    async def leave(self, front: str, asked: dict[str, Any], wanted: int) -> Left:
+        """Ask at ``front``, and go with the ``wanted``-th token."""
+        await _idle(self._session, self._url, self._engine)
+        before = await _steps(self._session, self._url, self._engine)
+        self._tap.hung_up = 0.0
+        response = await self._session.post(front + COMPLETIONS, json=asked)
+        assert response.status == 200, await response.text()
+        seen = await self._read(response, wanted)
+        gone = time.monotonic()
+        response.close()
+        while True:
+            looked = time.monotonic()
+            if not await _busy(self._session, self._url, self._engine):
+                break
+        self.looks.append(time.monotonic() - looked)
+        steps = await _steps(self._session, self._url, self._engine) - before - seen
+        through = front != self._url
+        assert not through or self._tap.hung_up, "the engine is idle, and nobody hung up"
+        return Left(looked - gone, self._tap.hung_up - gone if through else None, steps)
+
+    async def _read(self, response: aiohttp.ClientResponse, wanted: int) -> int:
+        seen, at = 0, 0.0
+        async for line in response.content:
+            if line.startswith(b"data: {"):
+                now = time.monotonic()
+                if seen:
+                    self.gaps.append(now - at)
+                seen, at = seen + 1, now
+                if seen >= wanted:
+                    break
+        return seen
+
+
 async def hung_up(url: str, engine: str, count: int, seed: int) -> dict[str, Any]:
-    """Clients that leave, one after the other; seconds until the engine says that nothing runs."""
+    """Clients that leave, straight from the engine and through the gateway in turns."""
     pick = random.Random(seed)
-    took, looks, gaps = [], [], []
+    left: dict[str, list[Left]] = {"direct": [], "gateway": []}
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(aiohttp.ClientSession())
-        front = await stack.enter_async_context(gateway([{"name": "engine", "url": url, "slots": 4}], session))
+        tap = await stack.enter_async_context(Tap(urlsplit(url).port or 80))
+        front = await stack.enter_async_context(gateway([{"name": "engine", "url": tap.url, "slots": 4}], session))
         await _both_up(session, front)
+        leaver = Leaver(session, url, engine, tap)
+        ways = [("direct", url), ("gateway", front.url)]
         for n in range(count):
-            await _idle(session, url, engine)
             wanted = pick.randrange(2, 25)
-            response = await session.post(front.url + COMPLETIONS, json=body(f"{n}: {PROMPTS[n % 4]}", 1200))
-            assert response.status == 200
-            seen, at = 0, time.monotonic()
-            async for line in response.content:
-                if line.startswith(b"data: {"):
-                    now = time.monotonic()
-                    if seen:
-                        gaps.append(now - at)
-                    seen, at = seen + 1, now
-                    if seen >= wanted:
-                        break
-            gone = time.monotonic()
-            response.close()
-            while True:
-                looked = time.monotonic()
-                busy = await _busy(session, url, engine)
-                if not busy:
-                    break
-            took.append(looked - gone)
-            looks.append(time.monotonic() - looked)
+            for way, at in ways if n % 2 else ways[::-1]:
+                left[way].append(await leaver.leave(at, body(f"{n} {way}: {PROMPTS[n % 4]}", 1200), wanted))
         async with session.get(front.admin + "/admin/jobs") as response:
-            left = orjson.loads(await response.read())["live"]
-    step = median(gaps)
+            jobs = orjson.loads(await response.read())["live"]
+    step = median(leaver.gaps)
+    ours = [each.gateway for each in left["gateway"] if each.gateway is not None]
     return {
-        "what": f"clients of {engine} that hang up in the middle of a stream",
-        "disconnects": count,
-        "milliseconds_until_nothing_runs": percentiles(took),
+        "what": f"clients of {engine} that hang up in the middle of a stream, straight and through the gateway",
+        "disconnects_each_way": count,
         "engine_step_milliseconds": round(step * 1000, 1),
-        "within_one_step": sum(value <= step for value in took),
-        "within_two_steps": sum(value <= 2 * step for value in took),
-        "one_look_milliseconds": round(median(looks) * 1000, 1),
-        "jobs_left": left,
+        "direct": told(left["direct"], step),
+        "gateway": told(left["gateway"], step),
+        "longer_by_milliseconds": longer(left),
+        "milliseconds_until_the_gateway_had_hung_up": percentiles(ours),
+        "later_than_100_ms": sum(value > LIMIT for value in ours),
+        "one_look_milliseconds": round(median(leaver.looks) * 1000, 1),
+        "jobs_left": jobs,
         "load_average": [round(value, 1) for value in os.getloadavg()],
     }
+
+
+def told(left: Sequence[Left], step: float) -> dict[str, Any]:
+    """One way's distribution."""
+    idle = [each.idle for each in left]
+    steps = [each.steps for each in left]
+    return {
+        "milliseconds_until_nothing_runs": percentiles(idle),
+        "within_one_step": sum(value <= step for value in idle),
+        "within_two_steps": sum(value <= 2 * step for value in idle),
+        "steps_nobody_got": {str(number): steps.count(number) for number in sorted(set(steps))},
+    }
+
+
+def longer(left: dict[str, list[Left]]) -> list[float]:
+    """Median of through the gateway less straight, pair by pair, and its 95 % interval by the signs of the pairs."""
+    pairs = sorted(b.idle - a.idle for a, b in zip(left["direct"], left["gateway"], strict=True))
+    half = 0.98 * len(pairs) ** 0.5
+    low, high = int(len(pairs) / 2 - half), int(len(pairs) / 2 + half)
+    return [round(each * 1000, 1) for each in (median(pairs), pairs[max(low, 0)], pairs[min(high, len(pairs) - 1)])]
 
 
 async def _idle(session: aiohttp.ClientSession, url: str, engine: str) -> None:
@@ -243,8 +395,8 @@ def hangup(engine: str, url: str | None, count: int, seed: int, output: Path | N
             url = stack.enter_context(vllm_engine.vllm() if engine == "vllm" else engines.llama(slots=4))
         result = asyncio.run(hung_up(url, engine, count, seed))
     show(result, output)
-    if result["jobs_left"]:
-        sys.exit("something was left behind")
+    if result["jobs_left"] or result["later_than_100_ms"]:
+        sys.exit("something was left behind, or let go of too late")
 
 
 if __name__ == "__main__":

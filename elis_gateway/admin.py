@@ -15,7 +15,7 @@ import orjson
 from aiohttp import web
 
 from elis_gateway.admin_guard import errors_as_json, guard
-from elis_gateway.errors import ConfigError
+from elis_gateway.errors import ConfigError, UnknownUpstream
 from elis_gateway.flight import Flight
 from elis_gateway.journal import Journal, story
 
@@ -184,6 +184,8 @@ async def _set(desk: AdminDesk, wanted: Any) -> dict[str, Any]:
 async def _or_error(action: Callable[[], Awaitable[dict[str, Any]]]) -> web.Response:
     try:
         return _json(await action())
+    except UnknownUpstream as error:
+        return _json({"error": str(error)}, status=404)
     except ConfigError as error:
         return _json({"error": str(error)}, status=400)
 

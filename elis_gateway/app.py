@@ -27,7 +27,7 @@ from elis_gateway.config import Scheduler as SchedulerSection
 from elis_gateway.core.placement import UpstreamInfo
 from elis_gateway.core.scheduler import Scheduler
 from elis_gateway.dispatcher import Dispatcher
-from elis_gateway.errors import ConfigError, MissingExtra
+from elis_gateway.errors import ConfigError, MissingExtra, UnknownUpstream
 from elis_gateway.flight import Flight, Observer
 from elis_gateway.handlers import Handlers, describe
 from elis_gateway.intake import Intake
@@ -547,14 +547,14 @@ class Gateway:
         """Empty an upstream and forget it, until a reload says otherwise. Raises ``ConfigError``."""
         async with self._changing:
             if name not in self._wanted:
-                raise ConfigError(f"there is no upstream {name}")
+                raise UnknownUpstream(name)
             await self._change_upstreams({n: u for n, u in self._wanted.items() if n != name})
         return {"upstreams": self.upstreams()}
 
     async def drain_upstream(self, name: str, draining: bool) -> dict[str, Any]:
         """Send it nothing more, and let what runs there go on elsewhere; or use it again. Raises ``ConfigError``."""
         if name not in self._wanted or name in self._leaving:
-            raise ConfigError(f"there is no upstream {name}")
+            raise UnknownUpstream(name)
         self.fleet.drain(name, draining=draining)
         return {"upstreams": self.upstreams()}
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 __all__ = [
     "ClientError", "ConfigError", "Forbidden", "GatewayError", "MethodNotAllowed", "MissingExtra", "ModelNotFound",
-    "Overloaded", "ShuttingDown", "Unauthorized", "UpstreamError", "UpstreamRefused", "UpstreamUnavailable",
+    "Overloaded", "ShuttingDown", "Unauthorized", "UnknownUpstream", "UpstreamError", "UpstreamRefused",
+    "UpstreamUnavailable",
 ]  # fmt: skip
 
 
@@ -16,6 +17,13 @@ class GatewayError(Exception):
 
 class ConfigError(GatewayError):
     """The configuration is wrong. The message names place, expectation and the nearest valid key."""
+
+
+class UnknownUpstream(ConfigError):
+    """Something was to be done with an upstream that is not there."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"there is no upstream {name}")
 
 
 class MissingExtra(GatewayError):
