@@ -5,8 +5,9 @@
 
 Every ten seconds the gateway's own metrics are read: resident memory, open files, what waits, how late its event loop
 runs. Clients measure completion times; per minute they are told as a ratio to the time the engine needs at the least
-for so many tokens, since the lengths themselves vary. The trend is a straight line over everything after the first
-third, by which time what remembers a fixed number of jobs is full.
+for so many tokens, since the lengths themselves vary. Beside it stands the engine's own pace, from its log: where the
+machine has other work, the modelled engine is late as well. The trend is a straight line over everything after the
+first third, by which time what remembers a fixed number of jobs is full.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def cli() -> None:
 @click.option("--minutes", default=30.0, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--speed", default=2.0, show_default=True, help="Of the engine: less where the machine has other work.")
-def run(minutes: float, seed: int, speed: float) -> None:
+@click.option("--predictor", default="bge", show_default=True, help="The default, where its extra is installed.")
+def run(minutes: float, seed: int, speed: float, predictor: str) -> None:
     """Measure."""
     model = EngineModel.load(MODEL)
     rate = model.rate(SLOTS) * speed
@@ -83,10 +85,10 @@ def run(minutes: float, seed: int, speed: float) -> None:
         folder = Path(made)
         with (
             embedded(folder, SLOTS, MODEL, speed) as engine,
-            gateway(folder, "soak", engine, {}, {"policy": "isrtf"}, "history") as (url, admin),
+            gateway(folder, "soak", engine, {}, {"policy": "isrtf"}, predictor) as (url, admin),
         ):
 
-            async def ask() -> list[dict[str, Any]]:
+            async def ask() -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
                 start = time.perf_counter() + 0.2
                 async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
                     watching = spawn(watch(admin, session, start, samples), name="watch")
@@ -94,6 +96,8 @@ def run(minutes: float, seed: int, speed: float) -> None:
                     done = await runner.run(workload, target, start=start, patience=1200)
                     await asyncio.sleep(EVERY + 2)
                     watching.cancel()
+                    async with session.get(f"{engine.url}/sim/requests") as reply:
+                        calls = paces(await reply.json(), time.perf_counter() - start)
                 return [
                     {
                         "at": r.sent,
@@ -102,9 +106,9 @@ def run(minutes: float, seed: int, speed: float) -> None:
                         "error": r.error,
                     }
                     for r in done.rows
-                ]
+                ], calls
 
-            rows = uvloop.run(ask())
+            rows, calls = uvloop.run(ask())
     result = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, shared with other work",
@@ -113,7 +117,9 @@ def run(minutes: float, seed: int, speed: float) -> None:
         "seed": seed,
         "workload": workload.hash,
         "samples": samples,
+        "predictor": predictor,
         "minutes": by_minute(rows, 1.0 / rate),
+        "engine_minutes": engine_by_minute(calls, 1.0 / rate),
         "requests": len(rows),
         "errors": sorted({r["error"] for r in rows if r["error"]}),
         "failed": sum(bool(r["error"]) for r in rows),
@@ -145,6 +151,35 @@ def by_minute(rows: list[dict[str, Any]], least: float) -> list[dict[str, float]
     ]
 
 
+def paces(log: dict[str, Any], now: float) -> list[dict[str, float]]:
+    """The engine's calls as it logged them: when, seconds a token after the first, and how late their end was sent."""
+    begin = log["now"] - now
+    return [
+        {
+            "at": call["begun"] - begin,
+            "pace": (call["ended"] - call["started"]) / (call["tokens"] - 1),
+            "late": call["ended"] - call["due"],
+        }
+        for call in log["requests"]
+        if call["due"] is not None and call["started"] is not None and call["tokens"] >= 20
+    ]
+
+
+def engine_by_minute(calls: list[dict[str, float]], least: float) -> list[dict[str, float]]:
+    """How much slower than at the least the engine's own calls of each minute were."""
+    minutes: dict[int, list[dict[str, float]]] = {}
+    for call in calls:
+        minutes.setdefault(int(call["at"] // 60), []).append(call)
+    return [
+        {
+            "minute": minute,
+            "slowdown": median(call["pace"] for call in found) / least,
+            "late": median(call["late"] for call in found),
+        }
+        for minute, found in sorted(minutes.items())
+    ]
+
+
 def trend(at: list[float], values: list[float]) -> tuple[float, float]:
     """Mean after the first third, and growth per hour by a straight line, times in seconds."""
     begin = max(at) / 3
@@ -167,6 +202,11 @@ def tell(result: dict[str, Any]) -> None:
     print(f"requests {result['requests']}, failed {result['failed']} {result['errors']}")
     print(f"memory {mean_memory:.1f} MB, first {memory[0]:.1f}, last {memory[-1]:.1f}; trend {growth:+.2f} MB per hour")
     print(f"slowdown (median by minute) {slow:.2f}; trend {slower:+.3f} per hour")
+    own = result["engine_minutes"]
+    engine_slow, engine_slower = trend([60.0 * m["minute"] for m in own], [m["slowdown"] for m in own])
+    late = [m["late"] * 1e3 for m in own]
+    print(f"the engine's own pace over the least {engine_slow:.2f}; trend {engine_slower:+.3f} per hour", end="; ")
+    print(f"ends sent late by {median(late):.1f} ms, worst minute {max(late):.1f}")
     print(f"event-loop lag, mean of ten seconds: median {median(lag):.2f} ms, worst {max(lag):.1f} ms")
     print(f"processor {fmean(cpu):.1%} of one core; open files at most {max(s['files'] for s in samples):.0f}")
     print(f"afterwards: {idle['live']:.0f} jobs live, {idle['files']:.0f} open files")
@@ -186,10 +226,20 @@ def draw(result: dict[str, Any], at: list[float], memory: list[float], lag: list
     top.set_ylim(0, max(memory) * 1.25)
     top.set_ylabel("resident memory, MB")
     middle.plot(
-        [m["minute"] + 0.5 for m in result["minutes"]], [m["slowdown"] for m in result["minutes"]], color="#14804a"
+        [m["minute"] + 0.5 for m in result["minutes"]],
+        [m["slowdown"] for m in result["minutes"]],
+        color="#14804a",
+        label="completion time",
     )
+    middle.plot(
+        [m["minute"] + 0.5 for m in result["engine_minutes"]],
+        [m["slowdown"] for m in result["engine_minutes"]],
+        color="#888888",
+        label="the engine's own calls",
+    )
+    middle.legend(loc="lower right")
     middle.set_ylim(0)
-    middle.set_ylabel("completion time /\nleast possible, median")
+    middle.set_ylabel("over the least possible,\nmedian of a minute")
     bottom.plot(minutes[1:], lag, color="#c77700")
     bottom.set_ylim(0)
     bottom.set_ylabel("event-loop lag, ms\n(mean of 10 s)")

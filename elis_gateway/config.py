@@ -22,7 +22,7 @@ from pydantic import model_validator as validates_all
 from elis_gateway.config_explain import explain, overridden
 from elis_gateway.errors import ConfigError
 
-__all__ = ["Config", "dump", "from_mapping", "keys", "load", "warnings"]
+__all__ = ["MOST_SLOTS", "Config", "dump", "from_mapping", "keys", "load", "warnings"]
 
 NonNegative = Annotated[float, Field(ge=0)]
 Seconds = NonNegative
@@ -31,6 +31,8 @@ Bytes = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Name = Annotated[str, Field(min_length=1)]
 
+MOST_SLOTS = 16_384
+"""More sequences than any engine runs at once. First-come on paper remembers every slot, so their number is bounded."""
 KeyHash = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 PerMinute = Annotated[int, Field(ge=1)]
 
@@ -175,12 +177,12 @@ class Upstream(Section):
     for upstreams that know the clients themselves."""
     models: tuple[Name, ...] = ()
     """Models it serves. Empty: asked of its /v1/models."""
-    slots: Annotated[int, Field(ge=1)] | Literal["auto"]
+    slots: Annotated[int, Field(ge=1, le=MOST_SLOTS)] | Literal["auto"]
     """Sequences the engine runs at once (vLLM: --max-num-seqs). Never set it higher than the engine's own
     limit: what waits inside the engine is not ordered by us. auto: found out and followed while serving, from what
     the engine shows of its batch, its queue and its KV memory (`/metrics` of vLLM and SGLang, `/props` of llama.cpp);
     not together with overcommit."""
-    data_parallel_size: Annotated[int, Field(ge=1)] = 1
+    data_parallel_size: Annotated[int, Field(ge=1, le=512)] = 1
     """Ranks of a data-parallel engine behind this one URL (vLLM: --data-parallel-size). Each becomes an upstream of
     its own, NAME-rank-0 and so on, with `slots` each, and is addressed by the header X-data-parallel-rank, so that an
     answer goes on where its prompt is cached."""

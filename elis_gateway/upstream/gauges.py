@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import orjson
 
+from elis_gateway.config import MOST_SLOTS
 from elis_gateway.errors import UpstreamError
 from elis_gateway.upstream.http import HttpUpstream
 
@@ -117,7 +118,7 @@ async def most_at_once(upstream: HttpUpstream) -> int | None:
         for place in _places(told):
             for name in names:
                 if isinstance(most := place.get(name), int) and most > 0:
-                    return most
+                    return min(most, MOST_SLOTS)
     return None
 
 

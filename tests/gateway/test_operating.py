@@ -80,6 +80,8 @@ async def test_upstreams_come_and_go_while_serving() -> None:
         ("POST", "/admin/upstreams", {"url": "http://a", "slots": 1, "api_key_env": "HOME"}),
         ("POST", "/admin/upstreams", {"url": "http://a", "slots": 1, "tls": {"ca": "/etc/passwd"}}),
         ("POST", "/admin/upstreams", {"url": "http://a", "slots": 1, "name": "EXISTS"}),
+        ("POST", "/admin/upstreams", {"url": "http://a", "slots": 1, "data_parallel_size": 10**6}),
+        ("POST", "/admin/upstreams", {"url": "http://a", "slots": 10**12}),
         ("POST", "/admin/upstreams", 3),
         ("DELETE", "/admin/upstreams/nobody", None),
         ("POST", "/admin/upstreams/nobody/drain", None),

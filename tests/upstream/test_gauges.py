@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from elis_gateway.upstream.gauges import Gauges, engines, read
+from elis_gateway.config import MOST_SLOTS
+from elis_gateway.upstream.gauges import Gauges, engines, most_at_once, read
 
 VLLM = b"""# HELP vllm:num_requests_running Number of requests in model execution batches.
 # TYPE vllm:num_requests_running gauge
@@ -51,3 +52,20 @@ def test_llama_cpp() -> None:
 )
 def test_pages_that_say_nothing(page: bytes) -> None:
     assert read(page) is None
+
+
+class Telling:
+    """An upstream that says how many slots it has."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+
+    async def get(self, path: str) -> bytes:
+        assert path == "/props"
+        return b'{"total_slots": %d}' % self.slots
+
+
+@pytest.mark.parametrize(("said", "believed"), [(4, 4), (10**12, MOST_SLOTS)])
+async def test_what_an_engine_says_it_runs_at_once_is_believed_within_reason(said: int, believed: int) -> None:
+    """Every slot is remembered somewhere: a number out of the air must not cost the gateway its memory."""
+    assert await most_at_once(Telling(said)) == believed  # type: ignore[arg-type]
