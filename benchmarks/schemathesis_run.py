@@ -36,7 +36,7 @@ HERE = Path(elis_gateway.__file__).parent
 DESCRIBED = {"public": "openapi.yaml", "admin": "openapi-admin.yaml"}
 
 
-async def tried(st: str, description: Path, url: str, seconds: int) -> dict[str, Any]:
+async def tried(st: str, description: Path, url: str, seconds: int, folder: Path) -> dict[str, Any]:
     """One listener: what schemathesis counted, and its report where it found something."""
     command = [
         *(st, "run", str(description), "-u", url, "--max-time", str(seconds)),
@@ -52,7 +52,7 @@ async def tried(st: str, description: Path, url: str, seconds: int) -> dict[str,
     ]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = await asyncio.to_thread(
-        subprocess.run, command, env=environment, capture_output=True, text=True, timeout=seconds * 3 + 120
+        subprocess.run, command, env=environment, cwd=folder, capture_output=True, text=True, timeout=seconds * 3 + 120
     )
     generated = re.search(r"(\d+) generated", done.stdout)
     return {
@@ -79,7 +79,7 @@ async def run(st: str, seconds: int) -> dict[str, Any]:
         try:
             urls = {"public": gateway.url, "admin": gateway.admin}
             result: dict[str, Any] = {
-                name: await tried(st, HERE / file, urls[name], seconds) for name, file in DESCRIBED.items()
+                name: await tried(st, HERE / file, urls[name], seconds, folder) for name, file in DESCRIBED.items()
             }
             async with session.get(gateway.admin + "/admin/jobs") as response:
                 result["jobs_left"] = orjson.loads(await response.read())["live"]

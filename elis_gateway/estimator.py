@@ -124,7 +124,7 @@ class Estimator:
         self._skipped.pop(job.spec.id, None)
         # Of what was ever estimated the predictor keeps a trace until it hears of the end.
         heard = flight.sampled or flight.estimates
-        if self._predictor is not None and heard and job.first_run is not None:
+        if self._predictor is not None and heard:
             complete = job.outcome is Outcome.COMPLETED and flight.answer.finish_reason != "length"
             try:
                 began = self._stopwatch()
@@ -138,6 +138,10 @@ class Estimator:
         """A better estimate, or none by the deadline. Tokens that arrived meanwhile are counted down from it."""
         asked = self._loop.time()
         estimate: Estimate | None = None
+        if job.state is JobState.DONE:
+            # It was cancelled in the turn in which it was asked about, and the predictor has heard of that.
+            flight.refining = False
+            return
         try:
             async with asyncio.timeout(self._deadline):
                 estimate = (await predictor.refine([view]))[0]

@@ -236,8 +236,12 @@ class EncodeOnce(_Shipped):
 
     async def refine(self, views: Sequence[View]) -> list[Estimate | None]:
         await asyncio.gather(*(self._learn_prompt(view) for view in views))
-        # Without the embedding there is nothing to add to what was said at once.
-        encoded = [view for view in views if self._trace(view).key in self._cache]
+        # Without the embedding there is nothing to add to what was said at once; and a job that ended meanwhile is
+        # forgotten: nobody would ever take away what was remembered of it now.
+        traces = [self._jobs.get(view.job_id) for view in views]
+        encoded = [
+            view for view, trace in zip(views, traces, strict=True) if trace is not None and trace.key in self._cache
+        ]
         better = dict(zip((view.job_id for view in encoded), self.instants(encoded), strict=True))
         return [better.get(view.job_id) for view in views]
 

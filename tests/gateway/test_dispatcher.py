@@ -460,6 +460,21 @@ class Hasty(Slow):
 
 
 @jumping
+async def test_the_predictor_hears_of_a_job_that_never_ran() -> None:
+    """What it remembers of every job it was asked about it may then forget."""
+    predictor = Hasty(0.0)
+    desk = Desk(predictor=predictor, queue_ttl=0.1)
+    running = desk.submit(100)
+    expires, leaves = desk.submit(10, rank=1), desk.submit(10, rank=1)
+    desk.dispatcher.cancel(leaves)
+    with pytest.raises(Overloaded):
+        await text(expires)
+    await text(running)
+    await asyncio.sleep(0.01)
+    assert sorted(predictor.learned) == [(0, False), (0, False), (100, False)]
+
+
+@jumping
 async def test_estimates_that_nobody_waits_for_take_three_hundredths_of_the_time() -> None:
     predictor = Hasty(0.001)
     predictor.desk = desk = Desk(predictor=predictor, slots=1000)

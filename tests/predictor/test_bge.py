@@ -79,6 +79,21 @@ async def test_nobody_waits_for_the_encoder(folder: Path) -> None:
     predictor.close()
 
 
+async def test_a_job_that_ends_while_its_prompt_is_encoded_leaves_nothing(folder: Path) -> None:
+    predictor = once(folder)
+    held = Held(predictor)
+    short = view("short")
+    predictor.instant(short)
+    asked = spawn(predictor.refine([short]), name="refine")
+    await asyncio.sleep(0.01)
+    predictor.learn(view("short", 3), complete=True)
+    held.free = True
+    assert await asked == [None]
+    assert not predictor._jobs, "nobody will ever take away what is remembered of a job that is over"
+    assert not predictor.wants_refining(view("short", job="another")), "its prompt is known all the same"
+    predictor.close()
+
+
 async def test_several_at_once_are_told_what_each_would_be_told(folder: Path) -> None:
     one, together = once(folder), once(folder)
     for predictor in (one, together):
