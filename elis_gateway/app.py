@@ -516,6 +516,9 @@ class Gateway:
             if name not in self.fleet.upstreams:
                 changed = True
                 await self.fleet.add(new)
+                # Each takes a while, with TLS: tokens move in between, and a shutdown ends it.
+                await asyncio.sleep(0)
+                self._refuse_if_stopping()
         return changed
 
     async def _replace(self, name: str) -> None:

@@ -264,7 +264,7 @@ class Fleet:
 
     async def close(self) -> None:
         """Stop probing and close every connection."""
-        for member in self._members.values():
+        for member in list(self._members.values()):
             await _stop(member)
 
     # --- views ---------------------------------------------------------------------------------------------------

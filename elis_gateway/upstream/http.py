@@ -102,7 +102,8 @@ class HttpUpstream:
             connector=aiohttp.TCPConnector(
                 limit=0,
                 keepalive_timeout=_POOL_IDLE,
-                ssl=_ssl(self.settings.tls),
+                # Authorities take a megabyte and tens of milliseconds: not where nobody will be asked for any.
+                ssl=_ssl(self.settings.tls) if self.settings.url.lower().startswith("https:") else True,
                 ttl_dns_cache=10,
                 socket_factory=_watched_socket,
             ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,21 @@ async def test_what_makes_no_sense_or_would_tell_secrets_is_refused(method: str,
         assert status == (404 if "nobody" in path else 400)
         assert found["error"]
         assert names(w) == [name]
+
+
+async def test_many_ranks_are_added_without_holding_anybody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine of many ranks is many upstreams; without TLS none of them reads certificates, and a shutdown does not
+    wait until the last one is there."""
+    monkeypatch.setattr(ssl, "create_default_context", lambda *args, **more: pytest.fail("nobody asked for TLS"))
+    async with world() as w:
+        before = len(names(w))
+        many = {"url": "http://127.0.0.1:9", "name": "many", "slots": 1, "data_parallel_size": 300}
+        adding = spawn(w.gateway.add_upstream(many), name="add")
+        await until(lambda: len(names(w)) > before)
+        assert len(names(w)) < 300, "others have their turn in between"
+        w.gateway._stopping = True
+        with pytest.raises(ConfigError, match="shutting down"):
+            await adding
 
 
 async def test_another_number_of_slots_disturbs_nothing() -> None:
