@@ -5,9 +5,10 @@
 
 Every ten seconds the gateway's own metrics are read: resident memory, open files, what waits, how late its event loop
 runs. Clients measure completion times; per minute they are told as a ratio to the time the engine needs at the least
-for so many tokens, since the lengths themselves vary. Beside it stands the engine's own pace, from its log: where the
-machine has other work, the modelled engine is late as well. The trend is a straight line over everything after the
-first third, by which time what remembers a fixed number of jobs is full.
+for so many tokens, since the lengths themselves vary. Beside it stand what the same requests take in virtual time (at
+80 % of capacity some minutes bring more than others), and the engine's own pace, from its log: where the machine has
+other work, the modelled engine is late as well. The trend of memory is a straight line over everything after the first
+third, by which time most of what remembers a fixed number of jobs is full.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import platform
 import re
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
@@ -29,10 +31,15 @@ import numpy as np
 import uvloop
 
 from benchmarks.capacity_live import Forced, embedded, gateway
-from elis_gateway.sim.engine import EngineModel
+from elis_gateway.core.policy import ISRTF, Aging
+from elis_gateway.core.scheduler import Scheduler, SchedulerConfig
+from elis_gateway.predictor.baselines import MaxTokens
+from elis_gateway.sim.engine import Engine, EngineModel
+from elis_gateway.sim.simulator import simulate
 from elis_gateway.tasks import spawn
 from loadtest import runner
-from loadtest.workload import Seeds, azure
+from loadtest.targets import sim_jobs
+from loadtest.workload import Seeds, Workload, azure
 
 RESULTS = Path(__file__).parent / "results"
 MODEL, SLOTS, LOAD = "default", 8, 0.8
@@ -74,11 +81,8 @@ def cli() -> None:
 @click.option("--predictor", default="bge", show_default=True, help="The default, where its extra is installed.")
 def run(minutes: float, seed: int, speed: float, predictor: str) -> None:
     """Measure."""
-    model = EngineModel.load(MODEL)
-    rate = model.rate(SLOTS) * speed
-    workload = azure(int(minutes * 60 * 10), load=LOAD, capacity=rate * SLOTS, seeds=Seeds.all(seed))
-    requests = tuple(r for r in workload.requests if r.at < minutes * 60)
-    workload = type(workload)(requests, workload.about)
+    rate = EngineModel.load(MODEL).rate(SLOTS) * speed
+    workload = asked(minutes, seed, rate)
     samples: list[dict[str, float]] = []
 
     with TemporaryDirectory() as made:
@@ -120,6 +124,7 @@ def run(minutes: float, seed: int, speed: float, predictor: str) -> None:
         "predictor": predictor,
         "minutes": by_minute(rows, 1.0 / rate),
         "engine_minutes": engine_by_minute(calls, 1.0 / rate),
+        "modelled_minutes": modelled(workload, speed),
         "requests": len(rows),
         "errors": sorted({r["error"] for r in rows if r["error"]}),
         "failed": sum(bool(r["error"]) for r in rows),
@@ -132,6 +137,25 @@ def run(minutes: float, seed: int, speed: float, predictor: str) -> None:
 def report() -> None:
     """What is stored, in words and as a plot."""
     tell(json.loads((RESULTS / "soak.json").read_text(encoding="utf-8")))
+
+
+def asked(minutes: float, seed: int, rate: float) -> Workload:
+    """The requests of so many minutes, at ``LOAD`` of what the slots make at ``rate`` tokens a second each."""
+    workload = azure(int(minutes * 60 * 10), load=LOAD, capacity=rate * SLOTS, seeds=Seeds.all(seed))
+    return Workload(tuple(r for r in workload.requests if r.at < minutes * 60), workload.about)
+
+
+def modelled(workload: Workload, speed: float) -> list[dict[str, float]]:
+    """The same requests in virtual time, lengths known."""
+    model = replace(EngineModel.load(MODEL), slots=SLOTS)
+    jobs = [job._replace(limit=job.output_tokens, arrival=job.arrival * speed) for job in sim_jobs(workload)]
+    scheduler = Scheduler(SchedulerConfig(), ISRTF(aging=Aging(kind="boost")))
+    records = simulate(jobs, scheduler, {"u": Engine(model)}, MaxTokens()).records
+    rows = [
+        {"at": job.arrival / speed, "jct": record.jct / speed, "tokens": job.output_tokens, "error": ""}
+        for job, record in zip(jobs, records, strict=True)
+    ]
+    return by_minute(rows, 1.0 / (model.rate(SLOTS) * speed))
 
 
 def by_minute(rows: list[dict[str, Any]], least: float) -> list[dict[str, float]]:
@@ -202,6 +226,12 @@ def tell(result: dict[str, Any]) -> None:
     print(f"requests {result['requests']}, failed {result['failed']} {result['errors']}")
     print(f"memory {mean_memory:.1f} MB, first {memory[0]:.1f}, last {memory[-1]:.1f}; trend {growth:+.2f} MB per hour")
     print(f"slowdown (median by minute) {slow:.2f}; trend {slower:+.3f} per hour")
+    expected = {m["minute"]: m["slowdown"] for m in result["modelled_minutes"]}
+    above = [m["slowdown"] / expected[m["minute"]] for m in whole]
+    more, growing = trend([60.0 * m["minute"] for m in whole], above)
+    print(
+        f"over what is modelled {more:.3f}, minutes {min(above):.2f} to {max(above):.2f}; trend {growing:+.3f} per hour"
+    )
     own = result["engine_minutes"]
     engine_slow, engine_slower = trend([60.0 * m["minute"] for m in own], [m["slowdown"] for m in own])
     late = [m["late"] * 1e3 for m in own]
@@ -225,18 +255,13 @@ def draw(result: dict[str, Any], at: list[float], memory: list[float], lag: list
     top.plot(minutes, memory, color="#2f6fde")
     top.set_ylim(0, max(memory) * 1.25)
     top.set_ylabel("resident memory, MB")
-    middle.plot(
-        [m["minute"] + 0.5 for m in result["minutes"]],
-        [m["slowdown"] for m in result["minutes"]],
-        color="#14804a",
-        label="completion time",
-    )
-    middle.plot(
-        [m["minute"] + 0.5 for m in result["engine_minutes"]],
-        [m["slowdown"] for m in result["engine_minutes"]],
-        color="#888888",
-        label="the engine's own calls",
-    )
+    for name, color, label in (
+        ("minutes", "#14804a", "completion time"),
+        ("modelled_minutes", "#d1495b", "the same requests, modelled"),
+        ("engine_minutes", "#888888", "the engine's own calls"),
+    ):
+        at_minutes = [m["minute"] + 0.5 for m in result[name]]
+        middle.plot(at_minutes, [m["slowdown"] for m in result[name]], color=color, label=label)
     middle.legend(loc="lower right")
     middle.set_ylim(0)
     middle.set_ylabel("over the least possible,\nmedian of a minute")
