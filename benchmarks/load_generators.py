@@ -105,10 +105,11 @@ def vllm_command(prompts: int, rate: float, output: Path | None) -> None:
 
 @main.command("hey")
 @click.option("--hey", type=click.Path(exists=True, dir_okay=False), default="/usr/bin/hey", show_default=True)
+@click.option("--release", default="", help="Its version, which it does not tell itself.")
 @click.option("--requests", default=200, show_default=True)
 @click.option("--clients", default=20, show_default=True)
 @OUTPUT
-def hey_command(hey: str, requests: int, clients: int, output: Path | None) -> None:
+def hey_command(hey: str, release: str, requests: int, clients: int, output: Path | None) -> None:
     """hey: the same chat request again and again, streamed."""
     body = {
         "model": "sim", "messages": [{"role": "user", "content": "Tell me of load."}], "max_tokens": 60, "stream": True,
@@ -126,7 +127,7 @@ def hey_command(hey: str, requests: int, clients: int, output: Path | None) -> N
                 "mean_seconds": sum(times) / len(times),
                 "worst_seconds": times[-1],
             }
-    _store("hey", "", seen, output)
+    _store("hey", release, seen, output)
     raise SystemExit(not all(told["ok"] == told["answers"] == requests for told in seen.values()))
 
 
