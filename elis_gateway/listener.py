@@ -16,9 +16,14 @@ from aiohttp.http_exceptions import HttpProcessingError
 from elis_gateway.errors import ClientError, GatewayError
 from elis_gateway.wire.problems import problem
 
-__all__ = ["Listener", "Request"]
+__all__ = ["MALFORMED_IS_NO_BUG", "Listener", "Request"]
 
 _log = logging.getLogger("elis_gateway.listener")
+MALFORMED_IS_NO_BUG = logging.getLogger("elis_gateway.listener.aiohttp")
+"""For a plain aiohttp server: what is no HTTP is answered 400, and leaves no traceback in the log."""
+MALFORMED_IS_NO_BUG.addFilter(
+    lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+)
 
 
 class Request(web.BaseRequest):

@@ -253,3 +253,13 @@ async def test_an_upstream_that_is_wanted_again_before_it_was_gone_comes_back() 
             assert await files.reload(a={"slots": 2}, b={}) == 200
             assert payloads(await response.read())[-1] == b"[DONE]"
         await until(lambda: sorted(u.info.slots for u in w.gateway.core.upstreams.values()) == [2, 4])
+
+
+async def test_what_is_no_http_leaves_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    async with world() as w:
+        reader, writer = await asyncio.open_connection("127.0.0.1", w.gateway.admin_port)
+        writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\nX-Null: \x00\r\n\r\n")
+        assert b" 400 " in (await reader.read(1000)).split(b"\r\n")[0]
+        writer.close()
+        await writer.wait_closed()
+    assert not [record for record in caplog.records if record.exc_info]
