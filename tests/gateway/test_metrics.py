@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -32,11 +33,14 @@ async def over(w: World, jobs: int) -> None:
 
 async def test_tokens_apart_windows_and_the_process() -> None:
     async with world(paced(2000)) as w:
+        began = time.perf_counter()
         await w.check(COMPLETIONS, {**BODY, "stream": True})
+        took = time.perf_counter() - began
         await over(w, 1)
         found = await samples(w)
         assert 2 <= found['elis_itl_seconds_count{model="sim"}'] < 120
-        assert found['elis_itl_seconds_sum{model="sim"}'] == pytest.approx(0.06, abs=0.05)
+        # 120 tokens, 2,000 a second; a machine that stands still makes both longer.
+        assert 0.02 <= found['elis_itl_seconds_sum{model="sim"}'] <= took
         assert found['elis_windows_total{model="sim"}'] == 2
         assert found["process_resident_memory_bytes"] > 1e6
 
