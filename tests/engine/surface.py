@@ -34,7 +34,8 @@ SCHEMA = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}},
 
 @dataclass(frozen=True)
 class Case:
-    """One way to ask. ``routes``: c(hat), t(ext) or both. ``sliced``: on vLLM; None where the engine refuses."""
+    """One way to ask. ``routes``: c(hat), t(ext) or both. ``sliced``: on vLLM; None where the engine
+    refuses, or behind parsers where it is theirs to say (how they count, whether the answer thinks)."""
 
     name: str
     fields: Mapping[str, Any] = field(default_factory=dict)
