@@ -12,12 +12,12 @@ learner's constants were chosen on these prompts, a few numbers for all models. 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.rows import document
 from onnx_export import evaluate, pairs, records
 from onnx_export.figures import intervals, tau, tau_within
 
@@ -78,10 +78,7 @@ def main() -> None:
             "lead by part": [lead(np.flatnonzero(where == number)) for number in range(PARTS)],
             "intervals": intervals(group, {"lead": lead, "lead within model": within}, samples=args.samples),
         }
-    text = json.dumps(result, indent=1)
-    if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    document(result, args.out)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ with 40,000 pairs on one core, and the encoding of the prompts once.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.rows import document
 from elis_gateway.predictor.manifest import FILE
 from onnx_export import export, pairs, records, train
 from onnx_export.evaluate import Scorer
@@ -115,10 +115,7 @@ def main() -> None:
                 said[where]["the same, prompt not encoded"] = judge.asked(scorer, embedded=False)
     result = {"about": {"pairs": args.pairs, "rounds": args.rounds, "samples": args.samples}}
     result |= {where: judge.table(said[where], args.samples) for where, judge in judges.items()}
-    text = json.dumps(result, indent=1)
-    if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    document(result, args.out)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ differences draw groups. The learner's few constants were chosen on these prompt
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.rows import document
 from onnx_export import evaluate, pairs, records
 from onnx_export.figures import Values, intervals, tau
 
@@ -80,10 +80,7 @@ def main() -> None:
             "differences": {name: difference(everything) for name, difference in ahead.items()},
             "intervals": intervals(of, ahead, samples=args.samples),
         }
-    text = json.dumps(result, indent=1)
-    if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    document(result, args.out)
 
 
 if __name__ == "__main__":

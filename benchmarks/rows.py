@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["by_question", "run_missing", "save", "show", "stored"]
+__all__ = ["by_question", "document", "run_missing", "save", "show", "stored"]
 
 Row = dict[str, Any]
 
@@ -23,6 +23,14 @@ def show(result: Mapping[str, Any], output: Path | None) -> None:
     print(json.dumps(result, indent=2))
     if output is not None:
         save(output, result)
+
+
+def document(result: Mapping[str, Any], output: Path | None) -> None:
+    """Print a result, and make it all that the file ``output`` says, where one is named."""
+    text = json.dumps(result, indent=1)
+    if output is not None:
+        output.write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
 def stored(path: Path) -> list[Row]:
