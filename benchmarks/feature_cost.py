@@ -3,9 +3,10 @@
     python -m benchmarks.feature_cost [--rounds 15] [--count 150] [--output benchmarks/results/feature-cost.jsonl]
 
 One gateway process per setting, all at once behind one stub engine: nothing (twice, the noise floor), each feature
-alone, all of them. In every round each gateway in turn, there and back, serves the same requests, and its own count of
-processor nanoseconds (every thread's) is read before and after. Time on the clock does not enter, so a busy machine
-only widens the range. The overhead beside a bare proxy is ``overhead``'s, the parts of the cost ``access_cost``'s
+alone, all of them. In every round each gateway in turn, in an order drawn anew and then backwards, serves the same
+requests, and its own count of processor nanoseconds (every thread's) is read before and after. (The order is drawn
+because who always comes first also always follows itself, on warm caches.) Time on the clock does not enter, so a busy
+machine only widens the range. The overhead beside a bare proxy is ``overhead``'s, the parts of the cost ``access_cost``'s
 (where metrics, which cannot be switched off, are told from nobody).
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -121,9 +123,11 @@ def compared(gateways: dict[str, Gateway], rounds: int, count: int, request: byt
     found: dict[str, list[float]] = {name: [] for name in gateways}
     for each in gateways.values():
         cost(each, count, request)
+    rng = random.Random(rounds)
     for _ in range(rounds):
-        there = {name: cost(each, count, request) for name, each in gateways.items()}
-        back = {name: cost(gateways[name], count, request) for name in reversed(gateways)}
+        order = rng.sample(list(gateways), len(gateways))
+        there = {name: cost(gateways[name], count, request) for name in order}
+        back = {name: cost(gateways[name], count, request) for name in reversed(order)}
         for name, values in found.items():
             values.append((there[name] + back[name]) / 2)
     first = next(iter(found.values()))
