@@ -6,8 +6,8 @@ One gateway process per setting, all at once behind one stub engine: nothing (tw
 alone, all of them. In every round each gateway in turn, in an order drawn anew and then backwards, serves the same
 requests, and its own count of processor nanoseconds (every thread's) is read before and after. (The order is drawn
 because who always comes first also always follows itself, on warm caches.) Time on the clock does not enter, so a busy
-machine only widens the range. The overhead beside a bare proxy is ``overhead``'s, the parts of the cost ``access_cost``'s
-(where metrics, which cannot be switched off, are told from nobody).
+machine only widens the range. The overhead beside a bare proxy is ``overhead``'s, the parts of the cost
+``access_cost``'s (where metrics, which cannot be switched off, are told from nobody).
 """
 
 from __future__ import annotations

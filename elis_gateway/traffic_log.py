@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from queue import SimpleQueue
 from typing import IO, Literal, TypedDict
 
 import orjson
 
+from elis_gateway.behind import Behind
 from elis_gateway.core.job import Outcome
 from elis_gateway.flight import Flight, Observer
 
@@ -25,6 +24,10 @@ SCHEMA = 1
 """Raised when a field changes its meaning or goes; new fields do not raise it."""
 
 _log = logging.getLogger("elis_gateway.traffic_log")
+_WAITING = 5_000
+"""Rows that are not written yet; those after them are lost, and counted."""
+_LAST_ROWS = 10.0
+"""Seconds that the end of the gateway waits for the disk."""
 
 Prompts = Literal["full", "hash", "none"]
 
@@ -130,44 +133,45 @@ class TrafficLog(Observer):
         self._keep = keep
         self._prompts = prompts
         self._epoch = epoch
-        self._rows: SimpleQueue[Row | None] = SimpleQueue()
         self._file: IO[bytes] | None = None
-        self._thread = threading.Thread(target=self._write, name="traffic-log", daemon=True)
+        self._behind: Behind[Row] | None = None
 
     def start(self) -> None:
         """Open the file (appending) and begin to write. Raises OSError if it cannot be opened."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("ab")
-        self._thread.start()
+        self._behind = Behind("traffic-log", self._write, most=_WAITING)
 
     def finished(self, flight: Flight) -> None:
         """A job is over."""
-        self._rows.put(row(flight, prompts=self._prompts, epoch=self._epoch()))
+        if self._behind is not None:
+            self._behind.put(row(flight, prompts=self._prompts, epoch=self._epoch()))
 
     def close(self) -> None:
         """Write what is pending and close the file."""
-        if self._thread.is_alive():
-            self._rows.put(None)
-            self._thread.join()
+        if self._behind is not None:
+            behind, self._behind = self._behind, None
+            # A disk that hangs must not keep the process from ending.
+            if behind.close(_LAST_ROWS) and self._file is not None:
+                self._file.close()
 
-    def _write(self) -> None:
-        while True:
-            batch = [self._rows.get()]
-            while not self._rows.empty():
-                batch.append(self._rows.get())
+    def _write(self, rows: list[Row], lost: int) -> None:
+        if lost:
+            _log.error("%s: %d rows lost: the disk is too slow", self._path, lost)
+        # Serving goes on without its record; the log says so.
+        lines = []
+        for made in rows:
             try:
-                for made in batch:
-                    if made is not None:
-                        self._append(orjson.dumps(made, option=orjson.OPT_APPEND_NEWLINE))
-                if self._file is not None:
-                    self._file.flush()
-            except (OSError, orjson.JSONEncodeError) as error:
-                # Serving goes on without its record; the log says so. This thread goes on: without it rows pile up.
-                _log.error("%s: %d rows lost: %s", self._path, len(batch), error)
-            if None in batch:
-                if self._file is not None:
-                    self._file.close()
-                return
+                lines.append(orjson.dumps(made, option=orjson.OPT_APPEND_NEWLINE))
+            except orjson.JSONEncodeError as error:
+                _log.error("%s: a row lost: %s", self._path, error)
+        try:
+            for line in lines:
+                self._append(line)
+            if self._file is not None:
+                self._file.flush()
+        except OSError as error:
+            _log.error("%s: %d rows lost: %s", self._path, len(lines), error)
 
     def _append(self, line: bytes) -> None:
         if self._file is None:

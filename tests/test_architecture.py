@@ -72,7 +72,7 @@ ARROWS: dict[str, set[str]] = {
     E + "metrics": {E + "flight", *VALUES},
     E + "tracing": {E + "flight", *VALUES},
     E + "warmth": {E + "flight"},
-    E + "traffic_log": {E + "flight", *VALUES},
+    E + "traffic_log": {E + "behind", E + "flight", *VALUES},
     E + "flight": {E + "channel", E + "wire", *VALUES},
     E + "channel": set(),
     E + "upstream": {E + "wire", E + "tasks", CORE + ".placement"},
@@ -84,7 +84,8 @@ ARROWS: dict[str, set[str]] = {
     E + "config_explain": set(),
     E + "errors": set(),
     E + "lag": set(),
-    E + "logs": set(),
+    E + "behind": set(),
+    E + "logs": {E + "behind"},
     E + "tasks": set(),
     # beside the gateway
     E + "sim": {CORE, E + "wire", E + "predictor.base", E + "tasks"},

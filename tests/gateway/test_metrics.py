@@ -127,6 +127,7 @@ async def test_one_line_per_job_with_its_id_and_nothing_a_client_said(
         async with w.post(COMPLETIONS, f'{{"prompt": "{prompt}"'.encode(), Authorization=key) as response:
             assert response.status == 400
         await over(w, 2)
+    logs.flush()
     text = log.getvalue()
     rows = [json.loads(line) for line in text.splitlines()]
     ends = [row for row in rows if row.get("event") == "job_end"]
