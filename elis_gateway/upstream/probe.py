@@ -177,6 +177,8 @@ async def _thinking(upstream: HttpUpstream, model: str) -> Thinking | None:
         if any(len(mark) != 1 for mark in marks):
             continue
         thought = await _tokens(upstream, model, "\nOkay, so the")
+        if len(thought) < 3:
+            return None  # what is forced are two of its tokens
         inside = [*prompt, *marks[0], *thought]
         after = [*inside, *marks[1], *thought]
         if await _fields(upstream, model, inside) != {"reasoning"} or await _fields(upstream, model, after) != {
