@@ -338,6 +338,8 @@ class Dispatcher:
         for call in list(self._calls.values()):
             if call.slice.upstream != upstream_id or call.stop:
                 continue
+            if call.flight.answer.committed and not call.flight.answer.divisible:
+                continue  # part of it is with its client and nobody else can make the rest: it may wake up
             if now - max(call.flight.heard, call.sent) < after or not self._others(upstream_id, call.flight.spec.model):
                 continue
             call.lost = UpstreamUnavailable(f"{upstream_id}: silent, and down", cause="stall")

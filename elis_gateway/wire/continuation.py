@@ -30,7 +30,7 @@ from elis_gateway.wire.logprobs import Logprobs
 from elis_gateway.wire.openai import Request, Route
 from elis_gateway.wire.parameters import Way, alone_at_last, unsliceable
 from elis_gateway.wire.problems import error_body
-from elis_gateway.wire.reading import Reading
+from elis_gateway.wire.reading import NO_PROMPT, Reading
 from elis_gateway.wire.sse import DONE_EVENT, comment, encode
 from elis_gateway.wire.thoughts import Count, Thinking
 from elis_gateway.wire.whole import WholeStream
@@ -40,6 +40,8 @@ __all__ = ["Answer", "Call", "Lore", "Mode"]
 UNARY_LIMIT = 64
 """Without windows, most tokens a non-streaming client's answer may have to be fetched as one JSON document: what is
 lost if the upstream dies half-way."""
+_NOT_IMPLEMENTED = 501
+"""The one status from 500 up that says what an engine cannot do, not how it is."""
 
 
 class Answer(Reading):
@@ -230,8 +232,7 @@ class Answer(Reading):
         the client asked for it.
         """
         if self._inquiring:
-            self._dialect.informed(None, self._ledger)
-            return True
+            return self._does_without(status)
         if self._last and not self.committed and self.mode is not Mode.WHOLE:
             self._go_whole("the engine refused the last call")
             return True
@@ -242,6 +243,17 @@ class Answer(Reading):
         if status not in (400, 413, 422) or not altered:
             return False
         self._go_whole("the engine refused a window")
+        return True
+
+    def _does_without(self, status: int) -> bool:
+        """A question between two calls was answered with an error status. False: then so is this answer."""
+        if status == 429 or (status >= 500 and status != _NOT_IMPLEMENTED):
+            return False  # busy, or ill: it may know when it is asked again
+        if self._dialect.informed(None, self._ledger):
+            return True
+        if self.committed:
+            return False
+        self._go_whole(NO_PROMPT)
         return True
 
     def _go_whole(self, reason: str) -> None:
@@ -266,7 +278,7 @@ class Answer(Reading):
             return self._end_whole(how)
         dropped = self._ledger.drop()
         self._thought = 0
-        if self._inquiring and how == "finished":
+        if self._inquiring and how == "finished" and not self.over:
             return SliceEnd.WINDOW
         if self.limit is not None and self._ledger.count >= self.limit and not self._restart:
             return self._end_at_limit()

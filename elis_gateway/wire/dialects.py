@@ -140,8 +140,9 @@ class Dialect(Protocol):
     def inquire(self, model: str, ledger: Ledger) -> Call | None:
         """A small call whose answer the next call needs. None: nothing to ask."""
 
-    def informed(self, document: dict[str, Any] | None, ledger: Ledger) -> None:
-        """The answer to ``inquire``; None where the engine does not know the question."""
+    def informed(self, document: dict[str, Any] | None, ledger: Ledger) -> bool:
+        """The answer to ``inquire``; None where the engine does not know the question. False: then the answer cannot
+        go on."""
 
     def undress(self, chunk: dict[str, Any], choice: dict[str, Any], last: bool) -> None:
         """Take what only we asked for out of a chunk; ``last``: the answer ends with it."""
@@ -250,10 +251,10 @@ class ById:
         self._asked = tokens[-1]
         return calls.detokenize(model, tokens[-1:] if self._alone else tokens[-_LONGEST:])
 
-    def informed(self, document: dict[str, Any] | None, ledger: Ledger) -> None:
+    def informed(self, document: dict[str, Any] | None, ledger: Ledger) -> bool:
         if document is None:
             self._lore.can_detokenize = False
-            return
+            return True
         text = str(document["prompt"])
         last = ledger.tokens[-1]
         if not ledger.unsure:
@@ -269,6 +270,7 @@ class ById:
         elif text and _REPLACEMENT not in text and isinstance(last, int):
             self._lore.closed.add(last)
             ledger.unsure = 0
+        return True
 
     def _compare(self, model: str, ledger: Ledger) -> Call | None:
         """Has the engine's parser shown all of the last tokens, or does it hold their end back?
@@ -366,8 +368,9 @@ class ByText:
     def inquire(self, model: str, ledger: Ledger) -> Call | None:
         return None
 
-    def informed(self, document: dict[str, Any] | None, ledger: Ledger) -> None:
+    def informed(self, document: dict[str, Any] | None, ledger: Ledger) -> bool:
         """Never asked."""
+        return True
 
     def undress(self, chunk: dict[str, Any], choice: dict[str, Any], last: bool) -> None:
         if not self._request.continuous_usage:

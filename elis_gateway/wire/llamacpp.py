@@ -123,9 +123,11 @@ class LlamaCpp:
         body = {name: self._request.body[name] for name in _TEMPLATE if name in self._request.body}
         return Call("/apply-template", orjson.dumps(body), False)
 
-    def informed(self, document: dict[str, Any] | None, ledger: Ledger) -> None:
-        """Without a template the prompt is not known; the answer cannot be continued, and the engine will say so."""
-        self._template = str(document["prompt"]) if document is not None else ""
+    def informed(self, document: dict[str, Any] | None, ledger: Ledger) -> bool:
+        """Without a template the prompt is not known, and the engine would go on after the answer alone."""
+        if document is not None:
+            self._template = str(document["prompt"])
+        return document is not None
 
     def undress(self, chunk: dict[str, Any], choice: dict[str, Any], last: bool) -> None:
         """Log-probabilities and timings were ours to ask; timings and usage of the last chunk come unasked."""

@@ -36,7 +36,7 @@ from elis_gateway.wire.stops import Pushed
 from elis_gateway.wire.thoughts import Count, Thinking, between, head
 from elis_gateway.wire.whole import WholeStream, number, reported
 
-__all__ = ["Reading"]
+__all__ = ["NO_PROMPT", "Reading"]
 
 _NOTHING = 16
 """Where the limit is not known: a call for so many tokens that brings none has met the end of the context."""
@@ -45,6 +45,7 @@ _NULL = b"null"
 """llama.cpp's event for a step that shows nothing."""
 
 _UNCOUNTED = "no thoughts whose tokens could be counted"
+NO_PROMPT = "the upstream does not tell its prompt"
 _MALFORMED = (orjson.JSONDecodeError, AttributeError, KeyError, TypeError, IndexError, ValueError)
 
 
@@ -596,9 +597,11 @@ class Reading:
     def _informed(self, body: bytes) -> None:
         ledger = self._ledger
         try:
-            self._dialect.informed(orjson.loads(body), ledger)
+            known = self._dialect.informed(orjson.loads(body), ledger)
         except _MALFORMED:
-            self._dialect.informed(None, ledger)
+            known = self._dialect.informed(None, ledger)
+        if not known:
+            self._give_up(NO_PROMPT)
         self.attained = ledger.count - ledger.unsure
 
     def _total_usage(self) -> dict[str, Any]:

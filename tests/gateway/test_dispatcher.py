@@ -337,6 +337,21 @@ async def test_a_silent_call_stays_where_nobody_else_could_take_it() -> None:
 
 
 @jumping
+@pytest.mark.parametrize("begun", [True, False])
+async def test_a_silent_call_that_only_its_engine_can_finish_is_waited_for(begun: bool) -> None:
+    """An answer that needs one call, once its client has some of it."""
+    desk = Desk(FakeUpstream("a"), FakeUpstream("b"), slots=1)
+    desk.upstreams["a"].scripts = [[*answer(10 * begun, finish=None), 8.0, *answer(30 - 10 * begun, start=10 * begun)]]
+    flight = desk.submit(30, mode=Mode.WHOLE)
+    reading = spawn(text(flight), name="reading")
+    await asyncio.sleep(5.0)
+    desk.dispatcher.upstream_changed(UpstreamInfo("a", frozenset({"m"}), 0))
+    desk.dispatcher.give_up_silent("a", after=2.0)
+    assert await reading == words(30)
+    assert [leg.upstream for leg in flight.legs] == (["a"] if begun else ["a", "b"])
+
+
+@jumping
 @pytest.mark.parametrize("policy", ["isrtf", "fcfs"])
 async def test_an_upstream_that_is_left_hands_its_jobs_over(policy: str) -> None:
     """At the next window where there are windows, else at once; what cannot go on elsewhere finishes where it is."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import orjson
+import pytest
 
 from elis_gateway.core.slice import SliceEnd
 from elis_gateway.wire.continuation import Answer, Mode
@@ -151,3 +152,43 @@ def test_what_we_ask_beside_is_never_the_clients_refusal() -> None:
     assert answer.refused(400, b"{}")
     assert answer.mode is Mode.WHOLE
     assert "logprobs" not in orjson.loads(answer.call(None, model="served").body)
+
+
+def _before_the_template(stream: bool) -> tuple[Answer, str]:
+    """A chat that cannot go on before the engine has told its prompt, and what its client has of it."""
+    answer = begin(make_request(Route.CHAT, model="m", stream=stream, max_tokens=9))
+    body(answer, 5)
+    answer.feed([role(), chat("a", [7], 1), chat("b", [8], 2), ending("length", 2), DONE])
+    assert answer.end_slice("finished") is SliceEnd.WINDOW
+    return answer, body(answer, 5)[0]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_an_engine_that_is_busy_is_asked_for_its_prompt_again(status: int, stream: bool) -> None:
+    answer, path = _before_the_template(stream)
+    assert path == "/apply-template"
+    assert not answer.refused(status, b"{}")
+    assert answer.end_slice("broken") is SliceEnd.INTERRUPTED
+    assert (body(answer, 5)[0], answer.text, answer.attained) == ("/apply-template", "ab", 2)
+    answer.feed_whole(b'{"prompt": "<user>"}')
+    assert answer.end_slice("finished") is SliceEnd.WINDOW
+    assert body(answer, 5)[1]["prompt"] == ["<user>", 7, 8]
+
+
+@pytest.mark.parametrize("status", [404, 501])
+def test_without_its_prompt_an_answer_is_asked_for_again_or_ends_but_never_goes_on(status: int) -> None:
+    """It would go on after its own words alone, and nobody would see that."""
+    answer, _ = _before_the_template(False)
+    assert answer.refused(status, b"{}")
+    assert (answer.mode, body(answer, 5)[0]) == (Mode.WHOLE, Route.CHAT.value)
+    answer, _ = _before_the_template(True)
+    assert not answer.refused(status, b"{}")
+
+
+@pytest.mark.parametrize(("stream", "end"), [(True, SliceEnd.INTERRUPTED), (False, SliceEnd.WINDOW)])
+def test_a_prompt_that_cannot_be_read_is_none(stream: bool, end: SliceEnd) -> None:
+    answer, _ = _before_the_template(stream)
+    answer.feed_whole(b'{"error": "?"}')
+    assert answer.end_slice("finished") is end
+    assert body(answer, 5)[0] == ("/apply-template" if stream else Route.CHAT.value)
