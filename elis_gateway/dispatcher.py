@@ -456,7 +456,7 @@ class Dispatcher:
             call.sent,
             call.first_token,
             now,
-            answer.attained - call.base,
+            max(answer.attained - call.base, 0),  # where it begins anew, what came before was another call's
             end.value,
             cause,
             bool(flight.legs),

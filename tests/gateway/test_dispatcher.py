@@ -236,6 +236,22 @@ async def test_a_refused_window_is_repeated_as_the_client_s_own_request() -> Non
 
 
 @jumping
+async def test_an_answer_that_begins_anew_takes_nothing_back_from_the_counters() -> None:
+    """A counter that falls looks to Prometheus as if the gateway had been started anew."""
+    desk = Desk(mode="fixed", window=10)
+    no_ids = {"index": 0, "text": "w10", "finish_reason": None}
+    whole = {"index": 0, "text": words(30), "finish_reason": "stop"}
+    chunk, document = (
+        orjson.dumps({"id": "c", "created": 1, "model": "m", "choices": [choice], "usage": usage})
+        for choice, usage in ((no_ids, None), (whole, {"prompt_tokens": 2, "completion_tokens": 30}))
+    )
+    desk.upstream.scripts = [answer(10), [[chunk]], [[document]]]
+    flight = desk.submit(300, stream=False)
+    assert orjson.loads(await flight.channel.get())["choices"][0]["text"] == words(30)
+    assert [leg.tokens for leg in flight.legs] == [10, 0, 30]
+
+
+@jumping
 async def test_waiting_too_long_for_the_first_slot_expires() -> None:
     desk = Desk(queue_ttl=5.0, policy=ISRTF())
     desk.submit(5000)
