@@ -526,6 +526,7 @@ class Gateway:
     async def _replace(self, name: str) -> None:
         """Once nothing runs there any more, forget the upstream, and begin anew with what it has become by then."""
         await self.dispatcher.idle(name)
+        await self._relay.idle(name)
         await self.fleet.remove(name)
         self.dispatcher.upstream_removed(name)
         self._warmth.forget(name)

@@ -56,6 +56,8 @@ class Relay:
         self._body_timeout = body_timeout
         self._max_body = max_body
         self._in_flight: dict[str, int] = {}
+        self._ended = asyncio.Event()
+        """Set whenever a call is over."""
 
     async def __call__(
         self, request: web.BaseRequest, may_use: Callable[..., bool] | None = None
@@ -82,6 +84,12 @@ class Relay:
                 if not last or streamed or not error.retryable:
                     raise
         raise AssertionError("unreachable: there is at least one candidate")
+
+    async def idle(self, upstream_id: str) -> None:
+        """Wait until nothing is passed through this upstream. It should be draining, or this may take for ever."""
+        while upstream_id in self._in_flight:
+            self._ended.clear()
+            await self._ended.wait()
 
     async def _body(self, request: web.BaseRequest) -> bytes:
         try:
@@ -177,6 +185,9 @@ class Relay:
             raise ConnectionResetError("the answer broke off") from error
         finally:
             self._in_flight[upstream.id] -= 1
+            if not self._in_flight[upstream.id]:
+                del self._in_flight[upstream.id]
+            self._ended.set()
         return response
 
 

@@ -106,6 +106,27 @@ async def test_a_relayed_answer_that_breaks_off_is_seen_to_and_is_no_bug_of_ours
         assert quiet(caplog)
 
 
+async def test_an_upstream_is_not_forgotten_before_what_passes_through_it_is_over() -> None:
+    """Its connections are closed with it, and a relayed answer over one of them would never end."""
+    go_on = asyncio.Event()
+
+    async def slowly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nabc")
+        await go_on.wait()
+        writer.write(b"def")
+        await writer.drain()
+
+    async with bare(slowly) as (gateway, url), aiohttp.ClientSession() as session:
+        async with session.get(url + "/v1/thing") as response:
+            assert await response.content.readany() == b"abc"
+            await gateway.remove_upstream(next(iter(gateway.fleet.upstreams)))
+            await asyncio.sleep(0.05)
+            go_on.set()
+            async with asyncio.timeout(10):
+                assert await response.content.read() == b"def"
+        await until(lambda: not gateway.fleet.upstreams)
+
+
 @pytest.mark.parametrize(
     "head",
     [
