@@ -9,6 +9,7 @@ import asyncio
 import gc
 import logging
 import signal
+import socket
 import ssl
 import threading
 import time
@@ -262,7 +263,10 @@ class Gateway:
         await runner.setup()
         self._runners.append(runner)
         site = web.TCPSite(runner, settings.host, settings.port, backlog=1024, ssl_context=context)
-        await site.start()
+        try:
+            await site.start()
+        except socket.gaierror as error:
+            raise ConfigError(f"host: {settings.host}: {error.strerror}") from error
         if runner is self._runners[0]:
             # The admin listener stays reachable while jobs drain.
             self._sites.append(site)

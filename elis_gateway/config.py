@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -132,7 +133,7 @@ class Timeouts(Section):
 class Health(Section):
     """Probing, with hysteresis so that one lost probe moves nothing."""
 
-    path: str = "/health"
+    path: Annotated[str, Field(pattern=r"^/")] = "/health"
     """Path probed with GET, relative to the upstream's URL without its /v1; 2xx is healthy."""
     interval: Annotated[float, Field(gt=0)] = 2.0
     """Time between probes."""
@@ -209,16 +210,23 @@ class Upstream(Section):
     @validates_all(mode="before")
     @classmethod
     def _named_by_its_address(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "name" not in data and isinstance(data.get("url"), str):
-            return {**data, "name": urlsplit(data["url"]).netloc.rpartition("@")[2] or data["url"]}
+        if isinstance(data, dict) and "name" not in data:
+            url = str(data.get("url"))  # one that is missing, or is none, is complained of as that
+            return {**data, "name": urlsplit(url).netloc.rpartition("@")[2] or url}
         return data
 
     @validates("url")
     @classmethod
     def _is_http(cls, url: str) -> str:
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
+        if parts.scheme not in ("http", "https") or not parts.hostname or any(map(str.isspace, url)):
             raise ValueError("expected a URL such as http://127.0.0.1:8000")
+        try:
+            port = parts.port
+        except ValueError:
+            port = 0
+        if port == 0:
+            raise ValueError("expected a port from 1 to 65535, as in http://127.0.0.1:8000")
         if "@" in parts.netloc:
             # What is in a URL is shown: in logs, by check-config, on the admin listener.
             raise ValueError(
@@ -745,9 +753,24 @@ def keys(config: Config) -> tuple[ApiKey, ...]:
     return merged
 
 
+class _Loader(yaml.SafeLoader):
+    """Of two equal keys YAML's loader keeps the last, and half a section would be gone without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} again", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
+        return super().construct_mapping(node, deep)
+
+
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 def _yaml(path: str | Path, where: str) -> Any:
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{where}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -776,12 +799,40 @@ def warnings(config: Config, environ: Mapping[str, str] | None = None) -> list[s
         for u in config.upstreams
         if u.api_key_env is not None and not environ.get(u.api_key_env)
     ]
+    found += _not_there(config, "")
+    for place, section in (("scheduler.policy", config.scheduler.policy), ("predictor", config.predictor)):
+        module = section.kind.partition(":")[0].partition(".")[0] if ":" in section.kind else None
+        if module and find_spec(module) is None:
+            found.append(f"{place}.kind: no module {module!r} can be found here; serve will refuse to start")
     if config.admin.host not in _LOOPBACK and config.admin.key_hash is None:
         found.append(f"admin: {config.admin.host} is not loopback and there is no key_hash: anybody can control it")
     return found
 
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_WRITTEN = ("path", "state")
+"""Files that are made where they are not there, but for the recording of an oracle and the folder of a model."""
+
+
+def _not_there(section: BaseModel, place: str) -> list[str]:
+    """Files that are to be read, and are missing."""
+    found: list[str] = []
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        where = f"{place}.{name}" if place else name
+        if isinstance(value, BaseModel):
+            found += _not_there(value, where)
+        elif isinstance(value, tuple):
+            for n, item in enumerate(value):
+                if isinstance(item, BaseModel):
+                    found += _not_there(item, f"{where}[{n}]")
+        elif isinstance(value, Path) and not value.exists():
+            read = name not in _WRITTEN or isinstance(section, OraclePredictor)
+            if isinstance(section, BgePredictor) and name == "path":
+                read = len(value.parts) > 1  # else it is the name of a shipped model
+            if read:
+                found.append(f"{where}: there is no {value} here; serve will refuse to start")
+    return found
 
 
 def dump(config: Config) -> str:

@@ -85,8 +85,25 @@ def _line(item: dict[str, Any], root: type[BaseModel]) -> tuple[str, str]:
         return place, "required, but not there"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         return _unknown_kind(place, item["input"], siblings)
-    message = item["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    message = _PLAIN.get(kind) or item["msg"].removeprefix("Value error, ").replace("Input should", "expected to")
+    message = message.replace("String should", "expected to").replace("expected to be", "expected")
     return place, message if kind == "value_error" else f"{message}, got {item['input']!r}"
+
+
+_PLAIN = {
+    "model_type": "expected a section, with keys of its own",
+    "dict_type": "expected keys and values",
+    "tuple_type": "expected a list",
+    "string_type": "expected text",
+    "int_parsing": "expected a whole number",
+    "int_type": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_parsing": "expected a number",
+    "float_type": "expected a number",
+    "bool_parsing": "expected true or false",
+    "bool_type": "expected true or false",
+}
+"""By kind of error, where pydantic speaks of Python's types."""
 
 
 def _unknown_key(key: str, owner: type[BaseModel] | None, siblings: Mapping[str, type[BaseModel]]) -> str:

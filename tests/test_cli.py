@@ -105,6 +105,14 @@ def test_sim_engine_serves_until_it_is_told_to_stop() -> None:
         assert process.wait(20) in (0, -15)
 
 
+def test_an_address_that_is_none_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("server: {host: 300.1.1.1}\nupstreams: [{url: 'http://127.0.0.1:9', slots: 1}]\npredictor: none\n")
+    result = run("serve", str(path))
+    assert result.exit_code == 2
+    assert result.output.splitlines()[-1].startswith("Error: host: 300.1.1.1: ")
+
+
 def test_an_address_in_use_is_said_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -93,6 +93,28 @@ def test_one_upstream_is_enough() -> None:
             "upstreams[0].timeouts.conect: unknown key; did you mean 'connect'?",
         ),
         ({"predictor": "oracle"}, "predictor.path: required, but not there"),
+        ({"scheduler": None}, "scheduler: expected a section, with keys of its own, got None"),
+        ({"scheduler": {"window": "fifty"}}, "scheduler.window: expected a whole number, got 'fifty'"),
+        ({"upstreams": "http://a"}, "upstreams: expected a list, got 'http://a'"),
+        ({"upstreams": ["http://a"]}, "upstreams[0]: expected a section, with keys of its own, got 'http://a'"),
+        ({"upstreams": [{"slots": 1}]}, "upstreams[0].url: required, but not there"),
+        ({"upstreams": [{"url": 8000, "slots": 1}]}, "upstreams[0].url: expected text, got 8000"),
+        (
+            {"upstreams": [{"url": "http://a:80000", "slots": 1}]},
+            "upstreams[0].url: expected a port from 1 to 65535, as in http://127.0.0.1:8000",
+        ),
+        (
+            {"upstreams": [{"url": "http://a:eighty", "slots": 1}]},
+            "upstreams[0].url: expected a port from 1 to 65535, as in http://127.0.0.1:8000",
+        ),
+        (
+            {"upstreams": [{"url": "http://my engine", "slots": 1}]},
+            "upstreams[0].url: expected a URL such as http://127.0.0.1:8000",
+        ),
+        (
+            {"upstreams": [{**UPSTREAM, "health": {"path": "health"}}]},
+            "upstreams[0].health.path: expected to match pattern '^/', got 'health'",
+        ),
         ({"traffic_log": {"zzz": 1}}, "traffic_log.zzz: unknown key; expected one of path, max_bytes, keep"),
     ],
 )
@@ -150,6 +172,40 @@ def test_a_file_that_is_no_mapping(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError):
         config.load(path, {})
+
+
+def test_a_key_that_comes_twice_is_not_half_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("upstreams: [{url: 'http://a', slots: 1}]\nserver: {port: 1}\nserver: {host: b}\n")
+    with pytest.raises(ConfigError, match=r"the key 'server' again\s+in .*, line 3"):
+        config.load(path, {})
+    path.write_text("x: &x {slots: 1}\nupstreams: [{<<: *x, url: 'http://a'}, {<<: *x, url: 'http://b', slots: 2}]\n")
+    with pytest.raises(ConfigError, match=r"^x: unknown key"):
+        config.load(path, {})
+
+
+def test_what_is_to_be_read_and_is_not_there_is_warned_of(tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    wrong = conf(
+        server={"tls": {"cert": nowhere}},
+        upstreams=[{**UPSTREAM, "tls": {"ca": nowhere}}],
+        auth={"keys_file": nowhere},
+        predictor={"kind": "oracle", "path": nowhere},
+        traffic_log={"path": nowhere},
+        scheduler={"policy": "nowhere.at_all:Policy"},
+    )
+    words = "serve will refuse to start"
+    assert config.warnings(wrong, {}) == [
+        *(
+            f"{place}: there is no {nowhere} here; {words}"
+            for place in ("server.tls.cert", "upstreams[0].tls.ca", "predictor.path", "auth.keys_file")
+        ),
+        f"scheduler.policy.kind: no module 'nowhere' can be found here; {words}",
+    ]
+    fine = conf(predictor={"kind": "history", "path": nowhere}, scheduler={"policy": "pathlib:Path"})
+    assert config.warnings(fine, {}) == []
+    assert config.warnings(conf(predictor={"kind": "bge", "path": "elis-paper", "state": nowhere}), {}) == []
+    assert len(config.warnings(conf(predictor={"kind": "bge", "path": nowhere}), {})) == 1
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

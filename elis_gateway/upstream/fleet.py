@@ -123,6 +123,9 @@ class _Member:
                 await self._look_at_load(self.auto)
         except UpstreamError as error:
             self.health.probed(False, error.cause, loop.time())
+            if not self.looked.is_set():
+                # Nothing changes by it, so nothing else would say so: an address with a slip in it looks like peace.
+                _log.warning("upstream %s does not answer yet: %s", self.upstream.id, error)
         else:
             self.health.probed(True, now=loop.time())
         if was_up and not self.health.up:

@@ -504,5 +504,6 @@ def _ssl(tls: config.TLS) -> ssl.SSLContext | bool:
         if tls.cert is not None:
             context.load_cert_chain(tls.cert, tls.key)
     except OSError as error:
-        raise ConfigError(f"upstreams: tls: {error}") from error
+        files = ", ".join(str(path) for path in (tls.ca, tls.cert, tls.key) if path is not None)
+        raise ConfigError(f"upstreams: tls: {files}: {error}") from error
     return context

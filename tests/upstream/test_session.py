@@ -183,7 +183,7 @@ async def test_keys_and_tls_files_that_are_not_there_are_named() -> None:
     with pytest.raises(ConfigError, match="NOT_SET_ANYWHERE"):
         HttpUpstream(Settings.model_validate({"url": "http://x", "slots": 1, "api_key_env": "NOT_SET_ANYWHERE"}))
     upstream = HttpUpstream(Settings.model_validate({"url": "https://x", "slots": 1, "tls": {"ca": "/nowhere.pem"}}))
-    with pytest.raises(ConfigError, match="tls"):
+    with pytest.raises(ConfigError, match=r"tls: /nowhere\.pem"):
         await upstream.start()
 
 
