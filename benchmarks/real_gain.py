@@ -177,6 +177,7 @@ def measure(engine: capacity_live.Engine, work: Workload, order: str, known: str
         "worst": max(jct),
         "ttft": fmean(row.ttft or 0.0 for row in rows if not row.error),
         "wait": fmean(row.wait or 0.0 for row in rows if not row.error),
+        "step": median(gap for row in rows for gap in row.gaps),
         "tokens": sum(row.tokens for row in rows),
         "unequal": sum(row.tokens != row.expected for row in rows),
         "failed": sum(bool(row.error) for row in rows),
@@ -333,9 +334,14 @@ def newest(path: Path) -> tuple[Rows, list[dict[str, Any]]]:
 
 
 def against(rows: Rows, load: str, order: str, known: str, figure: str = "mean") -> list[float]:
-    """Ratios to first come on the same workload, by seed."""
+    """Ratios to first come on the same workload, by seed; of times counted in the engine's steps, so that a machine
+    that was slower for a run (by a tenth and more here) does not count."""
     base, ours = rows.get((load, *FIRST), {}), rows.get((load, order, known), {})
-    return [ours[seed][figure] / base[seed][figure] for seed in sorted(base.keys() & ours.keys())]
+    return [steps(ours[seed], figure) / steps(base[seed], figure) for seed in sorted(base.keys() & ours.keys())]
+
+
+def steps(row: Mapping[str, Any], figure: str) -> float:
+    return float(row[figure] / row["step"])
 
 
 def show(path: Path) -> None:
@@ -347,8 +353,10 @@ def show(path: Path) -> None:
         base = rows.get((load, *FIRST), {})
         if not base:
             continue
-        seconds = fmean(row["mean"] for row in base.values())
-        click.echo(f"\nload {load}, {len(base)} seeds; first come: {seconds:.1f} s in the mean\n")
+        seconds, step = fmean(row["mean"] for row in base.values()), fmean(row["step"] for row in base.values())
+        click.echo(
+            f"\nload {load}, {len(base)} seeds; first come: {seconds:.1f} s in the mean, {seconds / step:.0f} steps\n"
+        )
         body = [
             [ORDERS[order], *(cell(against(rows, load, order, known)) for known in PREDICTORS),
              *(cell(against(rows, load, order, known, "p50")) for known in PREDICTORS)]
@@ -373,7 +381,7 @@ def cell(ratios: Sequence[float]) -> str | None:
 
 
 def picture(rows: Rows, loads: Sequence[str]) -> Path:
-    """Mean completion time over first come's, by load: an order is a colour, what is known a place."""
+    """Mean completion time over first come's, in steps, by load: an order is a colour, what is known a place."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
