@@ -303,8 +303,8 @@ def serve_command(port: int, slots: int, priority: bool, until_stdin_closes: boo
     # In our own process group, so that whoever ends that ends the server and its workers.
     argv = _server_argv(port, slots, priority=priority, extra=extra)
     process = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL)
-    # These reach the whole group: the server tidies up, we wait for it.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Ctrl-C reaches the whole group, `kill` us alone: the server tidies up, we wait for it.
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(process.wait())
 
