@@ -7,8 +7,11 @@ Every ten seconds the gateway's own metrics are read: resident memory, open file
 runs. Clients measure completion times; per minute they are told as a ratio to the time the engine needs at the least
 for so many tokens, since the lengths themselves vary. Beside it stand what the same requests take in virtual time (at
 80 % of capacity some minutes bring more than others), and the engine's own pace, from its log: where the machine has
-other work, the modelled engine is late as well. The trend of memory is a straight line over everything after the first
-third, by which time most of what remembers a fixed number of jobs is full.
+other work, the modelled engine is late as well.
+
+What remembers a fixed number of applications and prompts is filled before the half hour begins, by short requests of
+invented applications (``--prompts``): what grows afterwards would grow for ever. The trend is a straight line over
+everything after the first third. A run whose generator was late (99th percentile) is told to be invalid.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ import json
 import platform
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, islice, pairwise
 from pathlib import Path
 from statistics import fmean, median
 from tempfile import TemporaryDirectory
@@ -38,12 +42,18 @@ from elis_gateway.sim.engine import Engine, EngineModel
 from elis_gateway.sim.simulator import simulate
 from elis_gateway.tasks import spawn
 from loadtest import runner
+from loadtest.experiment import MAX_LAG
+from loadtest.stats import percentile
 from loadtest.targets import sim_jobs
 from loadtest.workload import Seeds, Workload, azure
 
 RESULTS = Path(__file__).parent / "results"
 MODEL, SLOTS, LOAD = "default", 8, 0.8
 EVERY = 10.0
+APPS = 1100
+"""Applications invented before the half hour: more than the history and the learner remember."""
+BATCH, USERS = 200, 16
+"""Requests between two looks at how many prompts have been encoded, and how many are under way."""
 READ = {
     "memory": "process_resident_memory_bytes",
     "files": "process_open_fds",
@@ -53,20 +63,51 @@ READ = {
     "lag_sum": "elis_event_loop_lag_seconds_sum",
     "lag_count": "elis_event_loop_lag_seconds_count",
     "tokens": "elis_tokens_total",
+    "encoded": r'elis_prompts_total\{result="encoded"\}',
 }
+
+
+async def look(admin: str, session: aiohttp.ClientSession) -> dict[str, float]:
+    """What the metrics say now."""
+    async with session.get(f"{admin}/metrics") as reply:
+        text = await reply.text()
+    return {
+        name: sum(map(float, re.findall(rf"^{series}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)))
+        for name, series in READ.items()
+    }
 
 
 async def watch(admin: str, session: aiohttp.ClientSession, start: float, samples: list[dict[str, float]]) -> None:
     """Read the metrics for as long as nobody cancels."""
     while True:
-        async with session.get(f"{admin}/metrics") as reply:
-            text = await reply.text()
-        sample = {"at": time.perf_counter() - start}
-        for name, series in READ.items():
-            found = re.findall(rf"^{series}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
-            sample[name] = sum(map(float, found))
-        samples.append(sample)
+        at = time.perf_counter() - start
+        samples.append({"at": at, **await look(admin, session)})
         await asyncio.sleep(EVERY)
+
+
+async def fill(url: str, admin: str, session: aiohttp.ClientSession, prompts: int) -> dict[str, float]:
+    """Short requests, each with a prompt of its own, until so many have been encoded; what the metrics say then."""
+    asked = count()
+
+    async def one(number: int) -> None:
+        text = f"before {number}: " + " ".join(f"number {number + n}," for n in range(20))
+        body = {
+            "model": "sim", "messages": [{"role": "user", "content": text}], "max_tokens": 12, "ignore_eos": True,
+        }  # fmt: skip
+        headers = {"X-Elis-App": f"before {number % APPS}"}
+        async with session.post(f"{url}/v1/chat/completions", json=body, headers=headers) as reply:
+            if reply.status != 200:
+                raise click.ClickException(f"filling: {reply.status}: {(await reply.text())[:200]}")
+            await reply.read()
+
+    async def user(numbers: Iterator[int]) -> None:
+        for number in numbers:
+            await one(number)
+
+    while (seen := await look(admin, session))["encoded"] < prompts:
+        numbers = islice(asked, BATCH)
+        await asyncio.gather(*(user(numbers) for _ in range(USERS)))
+    return {**seen, "requests": next(asked)}
 
 
 @click.group()
@@ -79,7 +120,8 @@ def cli() -> None:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--speed", default=2.0, show_default=True, help="Of the engine: less where the machine has other work.")
 @click.option("--predictor", default="bge", show_default=True, help="The default, where its extra is installed.")
-def run(minutes: float, seed: int, speed: float, predictor: str) -> None:
+@click.option("--prompts", default=4200, show_default=True, help="Encoded before the half hour begins; 0: none.")
+def run(minutes: float, seed: int, speed: float, predictor: str, prompts: int) -> None:
     """Measure."""
     rate = EngineModel.load(MODEL).rate(SLOTS) * speed
     workload = asked(minutes, seed, rate)
@@ -92,9 +134,10 @@ def run(minutes: float, seed: int, speed: float, predictor: str) -> None:
             gateway(folder, "soak", engine, {}, {"policy": "isrtf"}, predictor) as (url, admin),
         ):
 
-            async def ask() -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
-                start = time.perf_counter() + 0.2
+            async def ask() -> tuple[dict[str, float], list[dict[str, Any]], list[dict[str, float]]]:
                 async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+                    before = await fill(url, admin, session, prompts)
+                    start = time.perf_counter() + 0.2
                     watching = spawn(watch(admin, session, start, samples), name="watch")
                     target = Forced(engine, url, session, start=start, mark="soak")
                     done = await runner.run(workload, target, start=start, patience=1200)
@@ -102,17 +145,19 @@ def run(minutes: float, seed: int, speed: float, predictor: str) -> None:
                     watching.cancel()
                     async with session.get(f"{engine.url}/sim/requests") as reply:
                         calls = paces(await reply.json(), time.perf_counter() - start)
-                return [
+                rows = [
                     {
                         "at": r.sent,
+                        "lag": r.lag,
                         "jct": None if r.end is None else r.end - r.sent,
                         "tokens": r.tokens,
                         "error": r.error,
                     }
                     for r in done.rows
-                ], calls
+                ]
+                return before, rows, calls
 
-            rows, calls = uvloop.run(ask())
+            before, rows, calls = uvloop.run(ask())
     result = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, shared with other work",
@@ -120,6 +165,8 @@ def run(minutes: float, seed: int, speed: float, predictor: str) -> None:
         "load": LOAD,
         "seed": seed,
         "workload": workload.hash,
+        "before": before,
+        "lag": {"p99": percentile([r["lag"] for r in rows], 99, beyond=0), "worst": max(r["lag"] for r in rows)},
         "samples": samples,
         "predictor": predictor,
         "minutes": by_minute(rows, 1.0 / rate),
@@ -223,7 +270,11 @@ def tell(result: dict[str, Any]) -> None:
     mean_memory, growth = trend(at, memory)
     whole = [m for m in minutes if m["requests"] >= 20]
     slow, slower = trend([60.0 * m["minute"] for m in whole], [m["slowdown"] for m in whole])
+    before, lagged = result["before"], result["lag"]
+    print(f"before: {before['requests']:.0f} requests, {before['encoded']:.0f} prompts encoded")
     print(f"requests {result['requests']}, failed {result['failed']} {result['errors']}")
+    print(f"the generator was late by {lagged['p99'] * 1e3:.0f} ms (p99), {lagged['worst'] * 1e3:.0f} at most", end="")
+    print("" if lagged["p99"] <= MAX_LAG else ": INVALID")
     print(f"memory {mean_memory:.1f} MB, first {memory[0]:.1f}, last {memory[-1]:.1f}; trend {growth:+.2f} MB per hour")
     print(f"slowdown (median by minute) {slow:.2f}; trend {slower:+.3f} per hour")
     expected = {m["minute"]: m["slowdown"] for m in result["modelled_minutes"]}

@@ -153,7 +153,8 @@ def doctor(target: str, api_key_env: str | None, quiet: bool) -> None:
     """Look at an engine, or at every engine of a configuration: what it is and can do, the slots it really has, what
     interrupting costs, and whether order can help. Takes a minute per engine, of all its slots.
 
-    Prints the YAML to use. Exit status 1: an engine does not answer, or the configuration is wrong about one.
+    Prints the YAML to use. Exit status 1: an engine does not answer or generates nothing, or the configuration is
+    wrong about one.
 
     \b
     With a configuration whose gateway runs, its metrics tell whether requests wait and answers differ
@@ -178,9 +179,8 @@ def doctor(target: str, api_key_env: str | None, quiet: bool) -> None:
     if not quiet:
         for one in found:
             click.echo("\n".join(doctoring.report(one)) + "\n")
-        click.echo("The YAML to use:\n")
-    if found:
-        click.echo(doctoring.snippet(found), nl=False)
+    if yaml := doctoring.snippet(found):
+        click.echo(yaml if quiet else f"The YAML to use:\n\n{yaml}", nl=False)
     for line in failed:
         click.echo(f"Error: {line}", err=True)
     if failed or any(one.wrong for one in found):

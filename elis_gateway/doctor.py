@@ -44,6 +44,15 @@ _RUNG = 1.5
 """Seconds that one call of the ramp should take."""
 _ALIKE = 0.10
 """Answers whose middle four fifths lie within this share of each other are all equally long."""
+_SAID = ("content", "reasoning", "reasoning_content", "tool_calls")
+"""Fields of a chat's delta that hold tokens."""
+_COMPLETIONS, _CHAT = "/v1/completions", "/v1/chat/completions"
+_HINTS = {
+    401: "it wants a key: --api-key-env NAME, or api_key_env in a configuration",
+    403: "it wants another key: --api-key-env NAME, or api_key_env in a configuration",
+    404: "it lists no models at /v1/models: is this an OpenAI-compatible server, and the address before its /v1?",
+}
+"""What is probably meant by a refusal to list models."""
 _REPEATS = 8
 """Times that one prompt is repeated to see whether it is cached everywhere."""
 _NOBODY = 0.02
@@ -83,6 +92,8 @@ class Findings:
     seam: float | None = None
     """What interrupting and resuming costs, in decoded tokens."""
     cache: str = "not seen"
+    route: str = _COMPLETIONS
+    """Where it is asked: chats where it serves nothing else."""
     engines: str = "one, as far as can be seen"
     """How many engines answer at its address."""
     tools: str = "not known"
@@ -91,9 +102,16 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def generates(self) -> bool:
+        """It has given an answer, so there is something to order."""
+        return self.tried > 0
+
+    @property
     def wrong(self) -> bool:
-        """More slots are configured than there are."""
-        return self.configured is not None and self.slots is not None and self.configured > self.slots
+        """It generates nothing, or more slots are configured than there are."""
+        return not self.generates or (
+            self.configured is not None and self.slots is not None and self.configured > self.slots
+        )
 
 
 # ---- examining ----------------------------------------------------------------------------------------------------
@@ -111,12 +129,14 @@ async def examine(settings: config.Upstream, *, configured: bool, say: Callable[
         found.capabilities = await probe(upstream, orders=False)
         found.model = min(found.capabilities.models, default=None)
         if found.model is None:
-            found.notes.append("It lists no models, so nothing could be asked of it.")
+            found.notes.append("It lists no models at /v1/models; `models` in a configuration may name them.")
             return found
         found.load = await _engine_load(upstream)
-        await _parsers(upstream, found)
+        chats = await _parsers(upstream, found)
         say("how many sequences it runs at once")
-        await _ramp(upstream, found)
+        await _ramp(upstream, found, chats=chats)
+        if not found.generates:
+            return found
         if found.slots is not None and found.slots <= 64:
             say("whether it orders its own queue by priority")
             found.capabilities = await _ordering(settings, found)
@@ -139,11 +159,17 @@ async def examine_all(
             say(settings.url)
             one = await examine(settings, configured=effective is not None, say=say)
         except UpstreamError as error:
-            failed.append(f"{settings.url}: {error} ({error.cause})")
+            failed.append(f"{settings.url}: {_told(error)}")
             continue
         one.load = load or one.load
         found.append(one)
     return found, failed
+
+
+def _told(error: UpstreamError) -> str:
+    """What went wrong, and what it probably means."""
+    hint = _HINTS.get(error.status) if isinstance(error, UpstreamRefused) else None
+    return f"{error} ({error.cause})" + (f"; {hint}" if hint else "")
 
 
 @asynccontextmanager
@@ -178,20 +204,51 @@ class _Streamed:
     usage: dict[str, Any] = field(default_factory=dict)
 
 
-async def _stream(upstream: HttpUpstream, body: dict[str, Any], into: _Streamed) -> None:
+def _asked(found: Findings, prompt: str, **fields: Any) -> dict[str, Any]:
+    """A request in the shape of the route by which the engine is asked."""
+    text = {"prompt": prompt} if found.route == _COMPLETIONS else {"messages": [{"role": "user", "content": prompt}]}
+    return {"model": found.model, **text, **fields}
+
+
+def _garbage(upstream: HttpUpstream) -> UpstreamUnavailable:
+    return UpstreamUnavailable(f"{upstream.id}: what it answers is no answer of a model", cause="garbage")
+
+
+def _document(upstream: HttpUpstream, data: bytes) -> dict[str, Any]:
+    """A JSON object. Raises ``UpstreamUnavailable``: whatever listens there may say anything."""
+    try:
+        found = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        raise _garbage(upstream) from None
+    if not isinstance(found, dict):
+        raise _garbage(upstream)
+    return found
+
+
+def _choices(document: dict[str, Any]) -> list[dict[str, Any]]:
+    choices = document.get("choices")
+    return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+async def _stream(upstream: HttpUpstream, body: dict[str, Any], into: _Streamed, route: str = _COMPLETIONS) -> None:
     data = {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0, "ignore_eos": True, **body}
-    call = Call("/v1/completions", orjson.dumps(data), True)
+    call = Call(route, orjson.dumps(data), True)
     async with upstream.open(call, request_id="doctor") as session:
         async for payloads in session:
             now = _now()
             for payload in payloads:
                 if payload == DONE:
                     continue
-                chunk = orjson.loads(payload)
-                into.usage = chunk.get("usage") or into.usage
-                for choice in chunk.get("choices", ()):
+                chunk = _document(upstream, payload)
+                into.usage = _dict(chunk.get("usage")) or into.usage
+                for choice in _choices(chunk):
                     ids = choice.get("token_ids") or []
-                    if ids or choice.get("text"):
+                    delta = _dict(choice.get("delta"))
+                    if ids or choice.get("text") or any(delta.get(name) for name in _SAID):
                         into.tokens += max(len(ids), 1)
                         into.ids += ids
                         if into.started is None:
@@ -204,8 +261,9 @@ def _prompt(number: int) -> str:
     return f"{number} bottles, said number {number}. Tell me a very long story about it."
 
 
-async def _ramp(upstream: HttpUpstream, found: Findings) -> None:
-    """1, 2, 4, … calls at once, until fewer begin than were sent before the first of them is done."""
+async def _ramp(upstream: HttpUpstream, found: Findings, *, chats: bool) -> None:
+    """1, 2, 4, … calls at once, until fewer begin than were sent before the first of them is done. ``chats``: it serves
+    them, so that those will do where it serves nothing else."""
     deadline = _now() + _RAMP_TIME
     at_once, serial = 1, 0
     doubted: int | None = None
@@ -214,13 +272,17 @@ async def _ramp(upstream: HttpUpstream, found: Findings) -> None:
         began = _now()
         calls = [_Streamed() for _ in range(at_once)]
         serial += at_once
-        bodies = [{"model": found.model, "prompt": _prompt(serial + n), "max_tokens": length} for n in range(at_once)]
+        bodies = [_asked(found, _prompt(serial + n), max_tokens=length) for n in range(at_once)]
         try:
-            running = await _while_all_run(upstream, bodies, calls, deadline)
+            running = await _while_all_run(upstream, bodies, calls, deadline, found.route)
         except (UpstreamError, TimeoutError) as error:
             if isinstance(error, UpstreamUnavailable) and not found.tried:
                 # Not one call: what else would be said of it would be said of nothing.
                 raise
+            if isinstance(error, UpstreamRefused) and chats and not found.tried and found.route == _COMPLETIONS:
+                found.notes.append(f"{_COMPLETIONS} is answered {error.status}: it was asked by chats alone.")
+                found.route = _CHAT
+                continue
             found.notes.append(f"The ramp ended at {at_once} calls at once: {str(error) or 'it took too long'}.")
             return
         found.tried = at_once
@@ -250,17 +312,20 @@ def _length(pace: float) -> int:
 
 
 async def _while_all_run(
-    upstream: HttpUpstream, bodies: list[dict[str, Any]], calls: list[_Streamed], deadline: float
+    upstream: HttpUpstream, bodies: list[dict[str, Any]], calls: list[_Streamed], deadline: float, route: str
 ) -> int:
     """How many calls had begun when the first one ended. The rest is let go."""
-    tasks = [spawn(_tried(upstream, b, c), name="doctor") for b, c in zip(bodies, calls, strict=True)]
+    tasks = [spawn(_tried(upstream, b, c, route), name="doctor") for b, c in zip(bodies, calls, strict=True)]
     try:
         async with asyncio.timeout(max(deadline - _now(), 1.0)):
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             if (error := task.result()) is not None:
                 raise error
-        first = min(c.ended for c, task in zip(calls, tasks, strict=True) if task in done and c.ended is not None)
+        ends = [c.ended for c, task in zip(calls, tasks, strict=True) if task in done and c.ended is not None]
+        if not ends:
+            raise _garbage(upstream)
+        first = min(ends)
         return sum(call.started is not None and call.started < first for call in calls)
     finally:
         for task in tasks:
@@ -268,10 +333,10 @@ async def _while_all_run(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _tried(upstream: HttpUpstream, body: dict[str, Any], into: _Streamed) -> UpstreamError | None:
+async def _tried(upstream: HttpUpstream, body: dict[str, Any], into: _Streamed, route: str) -> UpstreamError | None:
     """A streamed call; what went wrong is told once, not by every call of the ramp."""
     try:
-        await _stream(upstream, body, into)
+        await _stream(upstream, body, into, route)
     except UpstreamError as error:
         return error
     return None
@@ -318,14 +383,14 @@ async def _one_engine(upstream: HttpUpstream, found: Findings) -> None:
         return
     # Not a prompt that a cache of blocks could half know.
     prompt = f"{time.time_ns()}: " + " ".join(f"number {n}," for n in range(100))
-    body = {"model": found.model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
+    body = _asked(found, prompt, max_tokens=1, temperature=0)
     try:
-        await _cached(upstream, body)
+        await _cached(upstream, body, found.route)
         if found.capabilities.kind == LLAMA_CPP:
             # Its slots have caches of their own: at the same time, others would be cold by right.
-            shares = [await _cached(upstream, body) for _ in range(_REPEATS)]
+            shares = [await _cached(upstream, body, found.route) for _ in range(_REPEATS)]
         else:
-            shares = list(await asyncio.gather(*(_cached(upstream, body) for _ in range(_REPEATS))))
+            shares = list(await asyncio.gather(*(_cached(upstream, body, found.route) for _ in range(_REPEATS))))
     except (UpstreamError, TimeoutError) as error:
         found.notes.append(f"Whether it is one engine was not seen: {str(error) or 'no answer in time'}.")
         return
@@ -343,34 +408,35 @@ async def _one_engine(upstream: HttpUpstream, found: Findings) -> None:
         )
 
 
-async def _cached(upstream: HttpUpstream, body: dict[str, Any]) -> float | None:
+async def _cached(upstream: HttpUpstream, body: dict[str, Any], route: str) -> float | None:
     """The share of a prompt that was cached; None: it does not say."""
-    call = Call("/v1/completions", orjson.dumps(body), False)
+    call = Call(route, orjson.dumps(body), False)
     async with asyncio.timeout(_PATIENCE), upstream.open(call, request_id="doctor") as session:
-        usage = orjson.loads(await session.whole()).get("usage") or {}
-    details = usage.get("prompt_tokens_details")
-    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+        usage = _dict(_document(upstream, await session.whole()).get("usage"))
+    cached = _dict(usage.get("prompt_tokens_details")).get("cached_tokens")
     return None if cached is None else cached / max(usage.get("prompt_tokens") or 1, 1)
 
 
 async def _tokenized(upstream: HttpUpstream, model: str | None, prompt: str) -> list[int]:
     """A prompt's ids, by asking for one token of an answer."""
     body = {"model": model, "prompt": prompt, "max_tokens": 1, "return_token_ids": True}
-    async with upstream.open(Call("/v1/completions", orjson.dumps(body), False), request_id="doctor") as session:
-        answer = orjson.loads(await session.whole())
-    return list(answer["choices"][0].get("prompt_token_ids") or answer.get("prompt_token_ids") or [])
+    async with upstream.open(Call(_COMPLETIONS, orjson.dumps(body), False), request_id="doctor") as session:
+        answer = _document(upstream, await session.whole())
+    (choice,) = _choices(answer)[:1] or [{}]
+    return list(choice.get("prompt_token_ids") or answer.get("prompt_token_ids") or [])
 
 
 def _note_cache(part: _Streamed, found: Findings) -> None:
-    details = part.usage.get("prompt_tokens_details")
-    if isinstance(details, dict) and details.get("cached_tokens"):
+    details = _dict(part.usage.get("prompt_tokens_details"))
+    if details.get("cached_tokens"):
         found.cache = (
             f"yes: {details['cached_tokens']} of {part.usage.get('prompt_tokens')} prompt tokens of a continuation"
         )
 
 
-async def _parsers(upstream: HttpUpstream, found: Findings) -> None:
-    """A chat with a tool to call: an engine without a tool parser refuses it or answers in plain text."""
+async def _parsers(upstream: HttpUpstream, found: Findings) -> bool:
+    """A chat with a tool to call: an engine without a tool parser refuses it or answers in plain text. Says whether
+    chats are served at all."""
     tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
     chat = {"model": found.model, "messages": [{"role": "user", "content": "What time is it?"}], "max_tokens": 16}
     try:
@@ -384,16 +450,19 @@ async def _parsers(upstream: HttpUpstream, found: Findings) -> None:
         message = await _chat(upstream, chat)
     except (UpstreamError, TimeoutError) as error:
         found.notes.append(f"Chats are not served: {str(error) or 'no answer in time'}.")
-        return
+        return False
     if message.get("reasoning") or message.get("reasoning_content"):
         found.reasoning = "yes: reasoning came in a field of its own"
+    return True
 
 
 async def _chat(upstream: HttpUpstream, body: dict[str, Any]) -> dict[str, Any]:
-    call = Call("/v1/chat/completions", orjson.dumps(body), False)
+    call = Call(_CHAT, orjson.dumps(body), False)
     async with asyncio.timeout(_PATIENCE), upstream.open(call, request_id="doctor") as session:
-        answer = orjson.loads(await session.whole())
-    message: dict[str, Any] = answer["choices"][0]["message"]
+        choices = _choices(_document(upstream, await session.whole()))
+    message = choices[0].get("message") if choices else None
+    if not isinstance(message, dict):
+        raise _garbage(upstream)
     return message
 
 
@@ -512,6 +581,10 @@ def report(found: Findings) -> list[str]:
     """What was found, for a person."""
     able = found.capabilities
     lines = [f"{found.url}: {able.kind}, {', '.join(sorted(able.models)) or 'no models'}"]
+    if not found.generates:
+        lines += [f"  note: {note}" for note in found.notes]
+        lines.append("  NOTHING TO ORDER HERE: it gave no answer. The gateway wants servers that generate text.")
+        return lines
     context = ", ".join(f"{model}: {length}" for model, length in able.context.items()) or "it does not say"
     slots = f"{found.slots}" if found.slots is not None else f"more than the {found.tried} tried"
     rows = [
@@ -545,13 +618,16 @@ def report(found: Findings) -> list[str]:
 
 
 def snippet(found: list[Findings]) -> str:
-    """The YAML to use."""
+    """The YAML to use; nothing where nothing generates."""
+    useful = [one for one in found if one.generates]
+    if not useful:
+        return ""
     lines = ["upstreams:"]
-    for one in found:
+    for one in useful:
         lines.append(f"  - url: {one.url}")
         slots = one.slots if one.slots is not None else one.tried
         comment = "" if one.slots is not None else " # at least; what the engine is started with (vLLM: --max-num-seqs)"
-        lines.append(f"    slots: {max(slots, 1)}{comment}")
+        lines.append(f"    slots: {slots}{comment}")
         if one.capabilities.engines > 1:
             lines.append(f"    data_parallel_size: {one.capabilities.engines} # slots are each rank's; ask for one's")
         if one.capabilities.orders:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from aiohttp import web
 from click.testing import CliRunner
 
 from elis_gateway import doctor
@@ -84,6 +86,70 @@ def test_an_engine_that_dies_on_the_way_is_one_that_does_not_answer(caplog: pyte
     assert not [record for record in caplog.records if record.exc_info]
 
 
+@asynccontextmanager
+async def listening(answer: Callable[[web.BaseRequest], web.Response]) -> AsyncIterator[str]:
+    """Something that listens; its address."""
+
+    async def handle(request: web.BaseRequest) -> web.StreamResponse:
+        await request.read()
+        return answer(request)
+
+    runner = web.ServerRunner(web.Server(handle))
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+LISTED = {"data": [{"id": "m"}]}
+
+
+def saying(document: Any, status: int = 200) -> Callable[[web.BaseRequest], web.Response]:
+    """Models are listed; everything else is answered with this."""
+    return lambda asked: (
+        web.json_response(LISTED) if asked.path == "/v1/models" else web.json_response(document, status=status)
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda asked: web.Response(text="<html>It works!</html>", content_type="text/html"), "lists no models"),
+        (lambda asked: web.json_response([1, 2]), "lists no models"),
+        (lambda asked: web.Response(status=404), "OpenAI-compatible server, and the address before its /v1?"),
+        (lambda asked: web.Response(status=401), "it wants a key: --api-key-env NAME"),
+        (saying({"status": "fine"}), "(garbage)"),
+        (saying({"choices": [{"message": None}], "usage": None}), "(garbage)"),
+        (saying({"choices": "?"}), "(garbage)"),
+        (saying({"detail": "Not Found"}, 404), "NOTHING TO ORDER HERE"),
+    ],
+)
+def test_what_is_no_engine_is_told_plainly_and_gets_no_yaml(
+    answer: Callable[[web.BaseRequest], web.Response], said: str
+) -> None:
+    async def examine() -> tuple[list[doctor.Findings], list[str]]:
+        async with listening(answer) as url:
+            upstream = Upstream.model_validate({"url": url, "slots": 1})
+            return await doctor.examine_all([upstream], None, say=lambda what: None)
+
+    found, failed = asyncio.run(examine())
+    assert said in "\n".join([*failed, *(line for one in found for line in doctor.report(one))])
+    assert failed or all(one.wrong for one in found)
+    assert doctor.snippet(found) == ""
+
+
+def test_an_engine_that_serves_chats_alone_is_asked_by_chats() -> None:
+    refusing = Fault("status", status=404, times=None, path="/v1/completions")
+    found = examined(engine(3, token_ids=False, prompt_tokens_details=True), fault=refusing, continuation="off")
+    assert found.slots == 3
+    assert found.cache.startswith("yes")
+    assert "/v1/completions is answered 404: it was asked by chats alone." in found.notes
+    assert "slots: 3" in doctor.snippet([found])
+
+
 def test_one_engine_or_several_behind_one_address() -> None:
     telling = engine(2, prompt_tokens_details=True)
     assert examined(telling).engines == "one, as far as can be seen"
@@ -136,7 +202,7 @@ ALIKE = {"100.0": 0, "105.0": 1000, "+Inf": 1000}
     ],
 )
 def test_it_says_plainly_when_order_cannot_help(text: str, said: str, unsaid: str) -> None:
-    told = "\n".join(doctor.report(doctor.Findings("http://x", load=load(text))))
+    told = "\n".join(doctor.report(doctor.Findings("http://x", tried=1, load=load(text))))
     assert said in told
     assert unsaid not in told
 
