@@ -8,6 +8,7 @@ extra is answered with the pip command that brings it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Coroutine
 from importlib import import_module
@@ -107,6 +108,8 @@ def serve(path: Path) -> None:
 
     effective = config.load(path)
     logs.setup(effective.logging.level, effective.logging.format)
+    for words in config.warnings(effective):
+        logging.getLogger("elis_gateway").warning(words)
     _run(app.serve(effective, reload=lambda: config.load(path)))
 
 
@@ -118,10 +121,10 @@ def check_config(path: Path, quiet: bool) -> None:
 
     That is the file, overridden by the environment (ELIS__SECTION__KEY), with every default spelled out.
     """
-    from elis_gateway import config
+    from elis_gateway import build, config
 
     effective = config.load(path)
-    for words in config.warnings(effective):
+    for words in (*config.warnings(effective), *build.no_good(effective)):
         click.echo(f"Warning: {words}", err=True)
     if not quiet:
         click.echo(config.dump(effective), nl=False)

@@ -60,6 +60,42 @@ def test_check_config_warns_of_a_key_that_is_not_there(tmp_path: Path, monkeypat
     assert run("check-config", "-q", str(path)).stderr == ""
 
 
+def test_check_config_reads_the_files_that_it_names(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "upstreams: [{url: 'http://a', slots: 1}]\n"
+        f"auth: {{keys_file: '{tmp_path}/keys.yaml'}}\n"
+        f"server: {{tls: {{cert: '{tmp_path}/no.crt'}}}}\n"
+    )
+    result = run("check-config", "-q", str(path))
+    assert result.exit_code == 0, "it may be another machine that serves"
+    keys, certificate = result.stderr.splitlines()
+    assert "auth.keys_file" in keys
+    assert "cannot be read: No such file or directory; serve will refuse to start" in keys
+    assert "no.crt" in certificate
+
+
+@pytest.mark.parametrize(
+    ("admin", "warned"),
+    [
+        ("{host: 0.0.0.0}", True),
+        (f"{{host: 0.0.0.0, key_hash: 'sha256:{'0' * 64}'}}", False),
+        ("{host: '::1'}", False),
+    ],
+)
+def test_serve_warns_of_an_admin_listener_that_is_open_to_all(
+    admin: str, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def nothing(*args: object, **options: object) -> None: ...
+
+    monkeypatch.setattr("elis_gateway.app.serve", nothing)
+    monkeypatch.setattr("elis_gateway.logs.setup", lambda *args: None)
+    path = tmp_path / "c.yaml"
+    path.write_text(f"upstreams: [{{url: 'http://a', slots: 1}}]\nadmin: {admin}\n")
+    assert run("serve", str(path)).exit_code == 0
+    assert ("anybody can control it" in caplog.text) is warned
+
+
 def test_check_config_does_not_print_a_password(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("upstreams: [{url: 'http://me:hunter2@a', slots: 1}]\n")

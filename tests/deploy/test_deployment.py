@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from deploy import rehearse
 from elis_gateway.cli import cli
-from elis_gateway.config import from_mapping
+from elis_gateway.config import BgePredictor, from_mapping, warnings
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = ROOT / "deploy" / "kubernetes" / "elis-gateway.yaml"
@@ -41,9 +41,15 @@ def test_the_manifests_fit_kubernetes_schemas() -> None:
 
 def test_the_manifests_fit_each_other_and_the_gateway() -> None:
     by_kind = {document["kind"]: document for document in documents()}
-    config = from_mapping(yaml.safe_load(by_kind["ConfigMap"]["data"]["gateway.yaml"]))
     pod = by_kind["Deployment"]["spec"]["template"]
     (container,) = pod["spec"]["containers"]
+    secrets = {each["name"]: "sha256:" + "0" * 64 for each in container["env"] if "secretKeyRef" in each["valueFrom"]}
+    config = from_mapping(yaml.safe_load(by_kind["ConfigMap"]["data"]["gateway.yaml"]), secrets)
+    assert warnings(config) == [], "from outside, the admin listener asks for a key"
+    assert isinstance(config.predictor, BgePredictor)
+    state = config.predictor.state
+    assert state is not None
+    assert str(state.parent) in [mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"http": config.server.port, "admin": config.admin.port}
     assert [container[f"{name}Probe"]["httpGet"]["path"] for name in ("liveness", "readiness", "startup")] == [
