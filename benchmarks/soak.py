@@ -10,8 +10,9 @@ for so many tokens, since the lengths themselves vary. Beside it stand what the 
 other work, the modelled engine is late as well.
 
 What remembers a fixed number of applications and prompts is filled before the half hour begins, by short requests of
-invented applications (``--prompts``): what grows afterwards would grow for ever. The trend is a straight line over
-everything after the first third. A run whose generator was late (99th percentile) is told to be invalid.
+invented applications: what grows afterwards would grow for ever. (So that this takes minutes, a quarter of the prompts
+that are remembered by default: ``--prompts``.) The trend is a straight line over everything after the first third. A
+run whose generator was late (99th percentile) is told to be invalid.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ MODEL, SLOTS, LOAD = "default", 8, 0.8
 EVERY = 10.0
 APPS = 1100
 """Applications invented before the half hour: more than the history and the learner remember."""
-BATCH, USERS = 200, 16
+BATCH, USERS = 100, 16
 """Requests between two looks at how many prompts have been encoded, and how many are under way."""
 READ = {
     "memory": "process_resident_memory_bytes",
@@ -63,6 +64,7 @@ READ = {
     "lag_sum": "elis_event_loop_lag_seconds_sum",
     "lag_count": "elis_event_loop_lag_seconds_count",
     "tokens": "elis_tokens_total",
+    "jobs": "elis_jobs_total",
     "encoded": r'elis_prompts_total\{result="encoded"\}',
 }
 
@@ -92,7 +94,7 @@ async def fill(url: str, admin: str, session: aiohttp.ClientSession, prompts: in
     async def one(number: int) -> None:
         text = f"before {number}: " + " ".join(f"number {number + n}," for n in range(20))
         body = {
-            "model": "sim", "messages": [{"role": "user", "content": text}], "max_tokens": 12, "ignore_eos": True,
+            "model": "sim", "messages": [{"role": "user", "content": text}], "max_tokens": 40, "ignore_eos": True,
         }  # fmt: skip
         headers = {"X-Elis-App": f"before {number % APPS}"}
         async with session.post(f"{url}/v1/chat/completions", json=body, headers=headers) as reply:
@@ -104,10 +106,10 @@ async def fill(url: str, admin: str, session: aiohttp.ClientSession, prompts: in
         for number in numbers:
             await one(number)
 
-    while (seen := await look(admin, session))["encoded"] < prompts:
+    while (seen := await look(admin, session))["encoded"] < prompts or seen["jobs"] < APPS:
         numbers = islice(asked, BATCH)
         await asyncio.gather(*(user(numbers) for _ in range(USERS)))
-    return {**seen, "requests": next(asked)}
+    return seen
 
 
 @click.group()
@@ -120,23 +122,24 @@ def cli() -> None:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--speed", default=2.0, show_default=True, help="Of the engine: less where the machine has other work.")
 @click.option("--predictor", default="bge", show_default=True, help="The default, where its extra is installed.")
-@click.option("--prompts", default=4200, show_default=True, help="Encoded before the half hour begins; 0: none.")
+@click.option("--prompts", default=1024, show_default=True, help="Remembered; as many are encoded before it begins.")
 def run(minutes: float, seed: int, speed: float, predictor: str, prompts: int) -> None:
     """Measure."""
     rate = EngineModel.load(MODEL).rate(SLOTS) * speed
     workload = asked(minutes, seed, rate)
     samples: list[dict[str, float]] = []
+    settings = {"kind": predictor, "cached_prompts": prompts} if predictor == "bge" else {"kind": predictor}
 
     with TemporaryDirectory() as made:
         folder = Path(made)
         with (
             embedded(folder, SLOTS, MODEL, speed) as engine,
-            gateway(folder, "soak", engine, {}, {"policy": "isrtf"}, predictor) as (url, admin),
+            gateway(folder, "soak", engine, {}, {"policy": "isrtf"}, settings) as (url, admin),
         ):
 
             async def ask() -> tuple[dict[str, float], list[dict[str, Any]], list[dict[str, float]]]:
                 async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-                    before = await fill(url, admin, session, prompts)
+                    before = await fill(url, admin, session, settings.get("cached_prompts", 0))
                     start = time.perf_counter() + 0.2
                     watching = spawn(watch(admin, session, start, samples), name="watch")
                     target = Forced(engine, url, session, start=start, mark="soak")
@@ -168,7 +171,7 @@ def run(minutes: float, seed: int, speed: float, predictor: str, prompts: int) -
         "before": before,
         "lag": {"p99": percentile([r["lag"] for r in rows], 99, beyond=0), "worst": max(r["lag"] for r in rows)},
         "samples": samples,
-        "predictor": predictor,
+        "predictor": settings,
         "minutes": by_minute(rows, 1.0 / rate),
         "engine_minutes": engine_by_minute(calls, 1.0 / rate),
         "modelled_minutes": modelled(workload, speed),
@@ -271,7 +274,7 @@ def tell(result: dict[str, Any]) -> None:
     whole = [m for m in minutes if m["requests"] >= 20]
     slow, slower = trend([60.0 * m["minute"] for m in whole], [m["slowdown"] for m in whole])
     before, lagged = result["before"], result["lag"]
-    print(f"before: {before['requests']:.0f} requests, {before['encoded']:.0f} prompts encoded")
+    print(f"before: {before['jobs']:.0f} requests, {before['encoded']:.0f} prompts encoded")
     print(f"requests {result['requests']}, failed {result['failed']} {result['errors']}")
     print(f"the generator was late by {lagged['p99'] * 1e3:.0f} ms (p99), {lagged['worst'] * 1e3:.0f} at most", end="")
     print("" if lagged["p99"] <= MAX_LAG else ": INVALID")
