@@ -543,13 +543,14 @@ class Gateway:
         ranks = {settings.name: settings for settings in build.parse_upstream(wanted).ranks()}
         async with self._changing:
             self._refuse_if_stopping()
-            for name, settings in ranks.items():
-                try:
+            try:
+                config_module.check_count(len(self._wanted) + len(ranks))
+                for settings in ranks.values():
                     self.config.check_upstream(settings)
-                except ValueError as error:
-                    raise ConfigError(str(error)) from None
-                if name in self._wanted:
-                    raise ConfigError(f"there is an upstream {name} already")
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+            if twice := sorted(ranks.keys() & self._wanted.keys()):
+                raise ConfigError(f"there is an upstream {twice[0]} already")
             await self._change_upstreams({**self._wanted, **ranks})
         return {"upstreams": self.upstreams()}
 

@@ -19,7 +19,7 @@ from elis_gateway.predictor.base import Predictor
 from elis_gateway.predictor.make import make_predictor
 
 __all__ = [
-    "WINDOWS", "ListenerTLS", "live_dials", "no_good", "parse_policy", "parse_upstream", "policy", "predictor",
+    "WINDOWS", "ListenerTLS", "live_dials", "parse_policy", "parse_upstream", "policy", "predictor",
     "scheduler_config", "server_tls",
 ]  # fmt: skip
 
@@ -120,21 +120,6 @@ def server_tls(section: config.ServerTLS) -> ssl.SSLContext | None:
     except OSError as error:
         raise ConfigError(f"tls: {section.cert}: {error}") from error
     return context
-
-
-def no_good(settings: config.Config) -> list[str]:
-    """What is wrong with the files of keys and certificates that the configuration names, in words."""
-    found = []
-    for look in (
-        lambda: config.keys(settings),
-        lambda: server_tls(settings.server.tls),
-        lambda: server_tls(settings.admin.tls),
-    ):
-        try:
-            look()
-        except ConfigError as error:
-            found.append(f"{error}; serve will refuse to start")
-    return found
 
 
 class ListenerTLS:

@@ -121,10 +121,10 @@ def check_config(path: Path, quiet: bool) -> None:
 
     That is the file, overridden by the environment (ELIS__SECTION__KEY), with every default spelled out.
     """
-    from elis_gateway import build, config
+    from elis_gateway import config
 
     effective = config.load(path)
-    for words in (*config.warnings(effective), *build.no_good(effective)):
+    for words in config.warnings(effective):
         click.echo(f"Warning: {words}", err=True)
     if not quiet:
         click.echo(config.dump(effective), nl=False)

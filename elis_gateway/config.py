@@ -652,13 +652,22 @@ class Tracing(Section):
     """Share of the requests that are traced, where the client's own trace does not say."""
 
 
+_MOST_UPSTREAMS = 1024
+
+
+def check_count(upstreams: int) -> None:
+    """Each is probed and keeps connections, and a rank is one of them. Raises ValueError."""
+    if upstreams > _MOST_UPSTREAMS:
+        raise ValueError(f"upstreams: expected at most {_MOST_UPSTREAMS}, ranks counted; got {upstreams}")
+
+
 class Config(Section):
     """The whole configuration."""
 
     server: Server = Server()
     admin: Admin = Admin()
     upstreams: tuple[Upstream, ...]
-    """The engines behind the gateway; at least one."""
+    """The engines behind the gateway; at least one, and with their ranks at most 1024."""
     models: dict[Name, Name] = {}
     """Aliases: the name a client may ask for, and the model it gets."""
     scheduler: Scheduler = Scheduler()
@@ -717,6 +726,7 @@ class Config(Section):
         if not upstreams:
             raise ValueError("expected at least one upstream")
         upstreams = tuple(rank for upstream in upstreams for rank in upstream.ranks())
+        check_count(len(upstreams))
         names = [upstream.name for upstream in upstreams]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"expected different names; more than one upstream is called {', '.join(twice)}")

@@ -60,21 +60,6 @@ def test_check_config_warns_of_a_key_that_is_not_there(tmp_path: Path, monkeypat
     assert run("check-config", "-q", str(path)).stderr == ""
 
 
-def test_check_config_reads_the_files_that_it_names(tmp_path: Path) -> None:
-    path = tmp_path / "c.yaml"
-    path.write_text(
-        "upstreams: [{url: 'http://a', slots: 1}]\n"
-        f"auth: {{keys_file: '{tmp_path}/keys.yaml'}}\n"
-        f"server: {{tls: {{cert: '{tmp_path}/no.crt'}}}}\n"
-    )
-    result = run("check-config", "-q", str(path))
-    assert result.exit_code == 0, "it may be another machine that serves"
-    keys, certificate = result.stderr.splitlines()
-    assert "auth.keys_file" in keys
-    assert "cannot be read: No such file or directory; serve will refuse to start" in keys
-    assert "no.crt" in certificate
-
-
 @pytest.mark.parametrize(
     ("admin", "warned"),
     [

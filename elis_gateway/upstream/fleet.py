@@ -267,8 +267,7 @@ class Fleet:
 
     async def close(self) -> None:
         """Stop probing and close every connection."""
-        for member in list(self._members.values()):
-            await _stop(member)
+        await asyncio.gather(*(_stop(member) for member in self._members.values()))
 
     # --- views ---------------------------------------------------------------------------------------------------
 

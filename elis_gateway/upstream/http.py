@@ -24,6 +24,7 @@ from yarl import URL
 from elis_gateway import __version__, config
 from elis_gateway.errors import ConfigError, UpstreamError, UpstreamRefused, UpstreamUnavailable
 from elis_gateway.upstream.base import Capabilities
+from elis_gateway.upstream.names import Names
 from elis_gateway.upstream.patience import Patience
 from elis_gateway.wire.continuation import Call
 from elis_gateway.wire.sse import DONE, EventDecoder
@@ -105,6 +106,7 @@ class HttpUpstream:
                 # Authorities take a megabyte and tens of milliseconds: not where nobody will be asked for any.
                 ssl=_ssl(self.settings.tls) if self.settings.url.lower().startswith("https:") else True,
                 ttl_dns_cache=10,
+                resolver=Names(),
                 socket_factory=_watched_socket,
             ),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=timeouts.connect or None),

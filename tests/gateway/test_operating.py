@@ -114,6 +114,20 @@ async def test_many_ranks_are_added_without_holding_anybody_up(monkeypatch: pyte
             await adding
 
 
+async def test_upstreams_out_of_the_air_end_somewhere() -> None:
+    """Each is probed and remembered; calls of the admin listener, one after the other, could take all memory."""
+    async with world() as w:
+        for n in (1, 2):
+            many = {"url": f"http://127.0.0.1:{n}", "slots": 1, "data_parallel_size": 511}
+            assert (await admin(w, "POST", "/admin/upstreams", many))[0] == 200
+        before = names(w)
+        status, found = await admin(w, "POST", "/admin/upstreams", {**many, "url": "http://127.0.0.1:3"})
+        assert (status, found["error"]) == (400, "upstreams: expected at most 1024, ranks counted; got 1534")
+        assert names(w) == before
+    with pytest.raises(ConfigError, match="at most 1024, ranks counted"):
+        from_mapping({"upstreams": [{**many, "name": str(n)} for n in range(3)]})
+
+
 async def test_another_number_of_slots_disturbs_nothing() -> None:
     async with world(paced(300)) as w, w.post(COMPLETIONS, BODY) as response:
         data = await read_until(response, 5)

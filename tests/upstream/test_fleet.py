@@ -16,6 +16,7 @@ from elis_gateway.sim.faults import Fault
 from elis_gateway.tasks import spawn
 from elis_gateway.upstream.fleet import Fleet, in_place
 from tests.gateway.world import AT_ONCE, CHAT, COMPLETIONS, paced, until, world
+from tests.upstream.autojump import run_local
 
 
 async def test_an_upstream_that_stumbles_when_it_is_asked_does_not_unslice_its_model() -> None:
@@ -75,7 +76,12 @@ async def test_an_upstream_that_does_not_answer_at_the_start_is_told_of_once(cap
 # --- slots: auto, and ranks ----------------------------------------------------------------------------------------
 
 
-async def test_auto_slots_find_what_the_engine_runs() -> None:
+def test_auto_slots_find_what_the_engine_runs() -> None:
+    """On a clock that jumps: what an engine is seen to run must not depend on what else this machine does."""
+    run_local(_find_slots())
+
+
+async def _find_slots() -> None:
     async with world(paced(400.0, slots=6), upstream={"slots": "auto"}) as w:
         body = {"model": "sim", "prompt": "Tell me", "max_tokens": 40, "stream": True}
         busy = [spawn(_for_ever(w, body), name="client") for _ in range(24)]
