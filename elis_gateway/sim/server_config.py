@@ -28,6 +28,9 @@ class ServerConfig:
     """Tokens of prompt and answer together."""
     speed: float = 1.0
     """Modelled seconds per real second."""
+    stride: float | None = None
+    """Real seconds that pass for the engine at most between two looks at it: it stands still while this process does.
+    None: all pass, as for an engine on a machine of its own."""
     delay: bool = True
     """False: every token is ready at once and nothing queues, for measuring what stands in front."""
     stream_interval: int = 1

@@ -56,20 +56,33 @@ class Ticket:
 
 
 class Pacer:
-    """An engine in real time. ``speed``: modelled seconds per real second. ``delay`` False: no engine at all."""
+    """An engine in real time. ``speed``: modelled seconds per real second. ``delay`` False: no engine at all.
 
-    def __init__(self, model: EngineModel, *, speed: float = 1.0, delay: bool = True) -> None:
+    ``stride``: see ``ServerConfig``.
+    """
+
+    def __init__(
+        self, model: EngineModel, *, speed: float = 1.0, delay: bool = True, stride: float | None = None
+    ) -> None:
         self.model = model
         self.delay = delay
         self._speed = speed
+        self._stride = stride
         self._loop = asyncio.get_running_loop()
+        self._looked = self._loop.time()
+        self._lost = 0.0
+        """Seconds that did not pass for the engine."""
         self._engine = Engine(model, now=self._now())
         self._tickets: dict[Hashable, Ticket] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._next = 0
 
     def _now(self) -> float:
-        return self._loop.time() * self._speed
+        now = self._loop.time()
+        if self._stride is not None:
+            self._lost += max(now - self._looked - self._stride, 0.0)
+            self._looked = now
+        return (now - self._lost) * self._speed
 
     @property
     def running(self) -> int:
@@ -133,12 +146,14 @@ class Pacer:
             if event.kind is EventKind.STARTED:
                 ticket.started = self._loop.time()
             elif event.kind is EventKind.ENDED:
-                ticket.ended, ticket.due = True, event.at / self._speed
+                ticket.ended, ticket.due = True, event.at / self._speed + self._lost
                 del self._tickets[ticket.id]
             ticket.news()
         due = self._engine.next_event()
         if due is not None:
-            wait = due / self._speed - self._loop.time()
+            wait = due / self._speed + self._lost - self._loop.time()
+            if self._stride is not None:
+                wait = min(wait, self._stride / 2)
             self._timer = self._loop.call_later(max(wait, _TICK), self._turn)
 
 

@@ -51,7 +51,8 @@ class Sim:
     def pacer(self) -> Pacer:
         """The engine in real time; made at the first use, on the running loop."""
         if self._pacer is None:
-            self._pacer = Pacer(self._model, speed=self.config.speed, delay=self.config.delay)
+            config = self.config
+            self._pacer = Pacer(self._model, speed=config.speed, delay=config.delay, stride=config.stride)
         return self._pacer
 
     def die(self) -> None:

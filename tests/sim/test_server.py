@@ -15,8 +15,9 @@ from elis_gateway.sim.checker import Answer, Checker, of_stream, of_whole
 from elis_gateway.sim.engine import EngineModel
 from elis_gateway.sim.language import Language, Lengths
 from elis_gateway.sim.server import ServerConfig, SimServer
+from elis_gateway.sim.server_pace import Pacer
 from elis_gateway.sim.tokens import END
-from tests.upstream.autojump import run_local
+from tests.upstream.autojump import JumpingLoop, run, run_local
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -358,6 +359,24 @@ async def two_rounds() -> None:
         arrived = min(record.arrival for record in log)
         ended = sorted(record.ended - arrived for record in log if record.ended is not None)
         assert ended == pytest.approx([0.02, 0.02, 0.04, 0.04], abs=0.004), "two at a time, and no sooner"
+
+
+@pytest.mark.parametrize(("stride", "made"), [(None, 100), (0.005, 30)])
+def test_an_engine_with_a_stride_stands_still_with_its_process(stride: float | None, made: int) -> None:
+    async def story() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, JumpingLoop)
+        model = EngineModel(slots=1, decode=((1, 100.0),), prefill_tokens_per_second=None)
+        pacer = Pacer(model, stride=stride)
+        ticket = pacer.start(8, 0, 100, every=1, priority=0)
+        await asyncio.sleep(0.2)
+        assert ticket.produced == pytest.approx(20, abs=1)
+        loop.stand_still(60.0)
+        await asyncio.sleep(0.1)
+        assert ticket.produced == pytest.approx(made, abs=2)
+        pacer.kill()
+
+    run(story())
 
 
 def test_checker_names_what_differs() -> None:

@@ -49,6 +49,10 @@ class JumpingLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._jumping.now
 
+    def stand_still(self, seconds: float) -> None:
+        """The machine stops and goes on: time has passed, and nothing was run."""
+        self._jumping.now += seconds
+
 
 def run(coroutine: Coroutine[Any, Any, None]) -> None:
     """Run a test on a jumping loop."""
