@@ -3,7 +3,9 @@
 Knows: sockets, timeouts, aborts, TLS, and which aiohttp or OS exception means what. Never: policies; JSON shapes.
 
 Two clocks guard a call, both without cost per token: the wait for the first byte and the silence between two reads
-share one timer that is set once and, when it fires, looks at when the upstream was last heard (a lazy timer).
+share one timer that is set once and, when it fires, looks at when the upstream was last heard (a lazy timer). It looks
+several times before it gives up: a look that comes late was late because this process stood still (a suspended machine,
+a container out of its share), and what the upstream sent meanwhile is yet to be read.
 """
 
 from __future__ import annotations
@@ -52,6 +54,8 @@ _READ_BUFFER = 256 * 1024
 _HEADER_LIMIT = 64 * 1024
 _ERROR_BODY_LIMIT = 1024 * 1024
 _ANSWER_LIMIT = 256 * 1024 * 1024
+_LOOKS = 4
+"""Looks at a call in the longest silence that is borne."""
 _SETTLE = 1.0
 """Seconds to wait after the last event for the end of the body, so that the connection can be used again."""
 
@@ -192,7 +196,7 @@ class HttpSession:
     """One call over one connection. See ``base.Session``."""
 
     __slots__ = (
-        "_call", "_content", "_decoder", "_done", "_first", "_gap", "_headers", "_heard", "_limit", "_loop",
+        "_call", "_content", "_decoder", "_done", "_first", "_gap", "_headers", "_heard", "_limit", "_look_at", "_loop",
         "_request_id", "_response", "_stalled", "_task", "_timer", "_upstream",
     )  # fmt: skip
 
@@ -221,6 +225,7 @@ class HttpSession:
         """The longest silence since then."""
         self._limit = first_byte
         """Seconds of silence that are borne; 0: any."""
+        self._look_at = 0.0
         self._stalled = False
         self._done = False
 
@@ -368,9 +373,14 @@ class HttpSession:
 
     def _watch(self, limit: float) -> None:
         self._limit = limit
-        self._heard = self._loop.time()
+        self._heard = now = self._loop.time()
         if limit > 0:
-            self._timer = self._loop.call_at(self._heard + limit, self._look)
+            self._look_again(now, now + limit)
+
+    def _look_again(self, now: float, at: float) -> None:
+        """At that time, or sooner."""
+        self._look_at = min(at, now + self._limit / _LOOKS)
+        self._timer = self._loop.call_at(self._look_at, self._look)
 
     def _unwatch(self) -> None:
         if self._timer is not None:
@@ -392,9 +402,15 @@ class HttpSession:
             self._gap = silence
 
     def _look(self) -> None:
-        due = self._heard + self._limit
-        if self._loop.time() < due:
-            self._timer = self._loop.call_at(due, self._look)
+        now = self._loop.time()
+        late = now - self._look_at
+        if late > self._limit / _LOOKS:
+            # We stood still: that was no silence of the upstream's, and what it said then is read before the next look.
+            self._heard = min(self._heard + late, now)
+            self._look_again(now, now + self._limit)
+            return
+        if now < self._heard + self._limit:
+            self._look_again(now, self._heard + self._limit)
             return
         self._timer = None
         self._stalled = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import orjson
@@ -19,7 +20,8 @@ from elis_gateway.upstream.base import Upstream
 from elis_gateway.upstream.http import HttpUpstream
 from elis_gateway.wire.continuation import Call
 from elis_gateway.wire.sse import DONE
-from tests.gateway.world import AT_ONCE, until
+from tests.gateway.world import AT_ONCE, paced, until
+from tests.upstream.autojump import JumpingLoop, run_local
 from tests.upstream.fake import FakeUpstream, answer
 
 PATH = "/v1/completions"
@@ -169,6 +171,33 @@ async def test_foreign_exceptions_become_ours(kind: Any, cause: str) -> None:
         await upstream.close()
 
 
+@pytest.mark.parametrize(("at", "stalls"), [(0.05, False), (0.55, False), (0.55, True)])
+def test_standing_still_ourselves_is_no_silence_of_the_upstream_s(at: float, stalls: bool) -> None:
+    """A machine suspended, a container out of its share: what came meanwhile is read before anything is given up, and
+    an upstream that says nothing afterwards either is given up as soon as ever."""
+
+    async def story() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, JumpingLoop)
+        reports: list[UpstreamError] = []
+        async with SimServer(replace(paced(10), stride=None)) as engine:
+            upstream = await _http(engine, reports, timeouts={"first_byte": 1.0, "inter_token": 0.5})
+            if stalls:
+                engine.faults.add(Fault("stall", after=5))
+            loop.call_later(at, loop.stand_still, 30.0)
+            began = loop.time()
+            if stalls:
+                with pytest.raises(UpstreamUnavailable, match=r"nothing heard for 0\.5 s"):
+                    await _tokens(upstream, call(20))
+                assert loop.time() - began < 32.0
+            else:
+                assert await _tokens(upstream, call(20)) == 20
+            assert len(reports) == stalls
+            await upstream.close()
+
+    run_local(story())
+
+
 async def test_a_slow_drip_is_one_stream() -> None:
     async with SimServer(AT_ONCE) as engine:
         upstream = await _http(engine, [])
@@ -188,8 +217,6 @@ async def test_keys_and_tls_files_that_are_not_there_are_named() -> None:
 
 
 async def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
     monkeypatch.setenv("ENGINE_KEY", "secret")
     async with SimServer(replace(AT_ONCE, api_key="secret")) as engine:
         upstream = await _http(engine, [], api_key_env="ENGINE_KEY")
