@@ -24,14 +24,15 @@ AT_ONCE = ServerConfig(port=0, delay=False, max_model_len=2048, language=Languag
 
 
 def paced(tokens_per_second: float = 1000.0, *, slots: int = 4, seam: float = 0.0) -> ServerConfig:
-    """An engine that takes its time: every sequence makes so many tokens a second, whatever the batch."""
+    """An engine that takes its time: every sequence makes so many tokens a second, whatever the batch. It stands still
+    where this process does: what it was at when a test looked away it is at still."""
     model = EngineModel(
         slots=slots,
         decode=((1, tokens_per_second), (slots + 1, tokens_per_second)),
         prefill_tokens_per_second=None,
         seam_tokens=seam,
     )
-    return ServerConfig(port=0, engine=model, max_model_len=2048, language=AT_ONCE.language)
+    return ServerConfig(port=0, engine=model, max_model_len=2048, language=AT_ONCE.language, stride=0.005)
 
 
 class World:
@@ -84,7 +85,7 @@ async def read_until(response: ClientResponse, events: int) -> bytes:
     return data
 
 
-async def until(condition: Callable[[], bool], *, within: float = 20.0) -> float:
+async def until(condition: Callable[[], bool], *, within: float = 60.0) -> float:
     """Wait for a condition, event-loop turn by event-loop turn; returns how long it took, in seconds.
 
     Counted in turns of a millisecond that the loop really had, so that a machine that stands still does not count.
@@ -97,6 +98,13 @@ async def until(condition: Callable[[], bool], *, within: float = 20.0) -> float
     return turns * 0.001
 
 
+async def begin(gateway: Gateway) -> None:
+    """Start it, and wait for the first look at every upstream for longer than two seconds, as it does by itself."""
+    await gateway.start()
+    for member in gateway.fleet._members.values():
+        await member.looked.wait()
+
+
 @asynccontextmanager
 async def world(
     *configs: ServerConfig, slots: int = 4, upstream: Any = None, silent: bool = False, **sections: Any
@@ -105,7 +113,7 @@ async def world(
     are stopped before the gateway starts."""
     async with AsyncExitStack() as stack:
         engines = [await stack.enter_async_context(SimServer(c)) for c in configs or (AT_ONCE,)]
-        health = {"interval": 0.05, "up_after": 1}
+        health = {"interval": 0.05, "up_after": 1, "timeout": 20.0}
         given = upstream or {}
         upstreams = [{"url": e.url, "slots": slots, "health": health, **given} for e in engines]
         settings = {
@@ -119,7 +127,9 @@ async def world(
             for engine in engines:
                 await engine.stop()
         gateway = Gateway(from_mapping(settings), reload=lambda: from_mapping(settings))
-        await gateway.start()
+        # Every estimate is made and every answer learned from, whatever that costs on this machine.
+        gateway.dispatcher._estimator._stopwatch = lambda: 0.0
+        await begin(gateway)
         for engine in engines:
             engine.log.clear()  # of the probes
         stack.push_async_callback(gateway.stop, 0.0)
