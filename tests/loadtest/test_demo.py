@@ -48,7 +48,7 @@ async def test_the_real_part(terminal: bool) -> None:
     async with world(paced(2000.0, slots=2), slots=2, scheduler={"mode": "elastic"}) as w:
         gateway = demo_real.Gateway(w.url, w.admin, w.engine.url, "sim")
         await demo_real.watch(gateway, w.session, ours)
-        assert await demo_real.measure_speed(gateway, w.session) > 10
+        assert 0 < await demo_real.measure_speed(gateway, w.session) <= 2 * 2000
         (work,) = demo_real.bursts(6, seeds=1)
         runs = [await demo_real.burst(gateway, w.session, policy, work, ours) for policy in ("fcfs", "isrtf")]
         assert w.gateway.policy()["kind"] == "isrtf"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from loadtest.runner import Stop
 from loadtest.tables import verdict
 from loadtest.workload import Request, Seeds, Workload, azure
 from tests.gateway.world import paced, world
+from tests.upstream.autojump import run as virtually
 
 ENGINE = EngineModel(4, ((1, 30.0),), seam_tokens=1.5)
 
@@ -177,7 +177,7 @@ async def test_a_comparison_through_a_live_gateway(tmp_path: Path) -> None:
         assert row.predictions
         assert row.wait is not None
         assert row.end is not None
-        assert row.legs[-1].end == pytest.approx(row.end, abs=1.0)
+        assert row.sent < row.legs[-1].end <= row.end + 0.01
         assert len(row.gaps) <= row.tokens
     store.write(tmp_path, experiment)
     assert [len(run.rows) for run in store.read(tmp_path).runs] == [30, 30, 30]
@@ -215,37 +215,46 @@ async def test_a_plain_server_is_measured_as_it_is(tmp_path: Path) -> None:
 class Stalling:
     """Answers at once, but for a while."""
 
-    def __init__(self, begin: float, end: float) -> None:
-        self.begin, self.end = begin, end
-        self.start = 0.0
+    def __init__(self, start: float, begin: float, end: float) -> None:
+        self.start, self.begin, self.end = start, begin, end
 
     async def send(self, request: Request, row: Row) -> None:
-        now = time.perf_counter() - self.start
-        if self.begin <= now < self.end:
-            await asyncio.sleep(self.end - now)
-        row.first = row.end = time.perf_counter() - self.start
+        if self.begin <= (since := now() - self.start) < self.end:
+            await asyncio.sleep(self.end - since)
+        row.first = row.end = now() - self.start
         row.tokens = 1
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def burst(count: int, gap: float) -> Workload:
     return Workload(tuple(Request(f"r{n}", n * gap, "hi", 1, "", 1) for n in range(count)))
 
 
-async def test_a_stall_shows_in_the_latency_of_everybody_who_came_meanwhile() -> None:
-    target = Stalling(0.1, 0.4)
-    target.start = time.perf_counter() + 0.05
-    run = await runner.run(burst(50, 0.01), target, start=target.start)
-    slow = [row.jct for row in run.rows if row.jct > 0.05]
-    # Thirty arrived in the 0.3 s of the stall; a closed loop would have seen one slow answer.
-    assert len(slow) >= 22
-    assert max(slow) > 0.25
-    still = Stalling(0.0, 0.3)
-    still.start = time.perf_counter()
-    one = await runner.closed(burst(50, 0.0), still, 1, start=still.start)
-    assert sum(row.jct > 0.1 for row in one.rows) <= 5
+@pytest.mark.usefixtures("on_the_loop_s_clock")
+def test_a_stall_shows_in_the_latency_of_everybody_who_came_meanwhile() -> None:
+    async def story() -> None:
+        target = Stalling(now() + 0.05, 0.1, 0.4)
+        run = await runner.run(burst(50, 0.01), target, start=target.start)
+        slow = [row.jct for row in run.rows if row.jct > 0.05]
+        # Thirty arrived in the 0.3 s of the stall; a closed loop would have seen one slow answer.
+        assert 24 <= len(slow) <= 26
+        assert max(slow) > 0.28
+        still = Stalling(now(), 0.0, 0.3)
+        one = await runner.closed(burst(50, 0.0), still, 1, start=still.start)
+        assert sum(row.jct > 0.1 for row in one.rows) == 1
+
+    virtually(story())
 
 
-async def test_a_run_that_is_stopped_keeps_what_it_has() -> None:
+@pytest.mark.usefixtures("on_the_loop_s_clock")
+def test_a_run_that_is_stopped_keeps_what_it_has() -> None:
+    virtually(_stopped())
+
+
+async def _stopped() -> None:
     stop = Stop()
 
     class Slow:
@@ -257,9 +266,9 @@ async def test_a_run_that_is_stopped_keeps_what_it_has() -> None:
             row.first = row.end = row.sent
             row.tokens = 1
 
-    run = await runner.run(burst(100, 0.005), Slow(), start=time.perf_counter(), stop=stop)
+    run = await runner.run(burst(100, 0.005), Slow(), start=now(), stop=stop)
     assert not run.complete
-    assert run.unsent >= 90
+    assert run.unsent >= 94
     assert run.rows[0].error == ""
     assert {row.error for row in run.rows[1:]} == {"unfinished"}
     experiment = Experiment({}, "live", ["x"], {0: burst(100, 0.005)}, runs=[run])
