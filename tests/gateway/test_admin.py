@@ -147,7 +147,7 @@ async def test_upstreams_and_reload() -> None:
 async def test_reload_takes_up_a_retrained_model_and_refuses_a_broken_one(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     folder = tiny.build(tmp_path, name="first")
-    async with world(predictor={"kind": "bge", "path": str(folder)}) as w:
+    async with world(predictor={"kind": "bge", "path": str(folder), "deadline": 60.0}) as w:
 
         async def reload(status: int) -> Any:
             async with w.session.post(w.admin + "/admin/reload") as response:

@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
+from elis_gateway.config import from_mapping
 from elis_gateway.sim.checker import of_stream
 from elis_gateway.sim.faults import Fault
 from elis_gateway.tasks import spawn
@@ -119,12 +120,15 @@ async def test_an_upstream_that_sheds_load_is_left_alone_for_as_long_as_it_says(
 
 async def test_without_a_healthy_upstream_requests_wait_and_then_get_503() -> None:
     async with world(scheduler={"queue": {"unavailable_timeout": 0.2}}) as w:
+        patient = {**w.gateway.config.model_dump(mode="json", exclude_defaults=True), "scheduler": {}}
         await w.engine.kill()
         await until(lambda: not w.gateway.fleet.models)
         for stream in (False, True):
             async with w.post(COMPLETIONS, {**BODIES[COMPLETIONS], "stream": stream}) as response:
                 assert response.status == 503
                 assert int(response.headers["Retry-After"]) >= 1
+        w.gateway._reload = lambda: from_mapping(patient)
+        assert (await w.gateway.reload())["applied"] == ["scheduler.queue, retries and tail"]
         waiting = spawn(w.ask(COMPLETIONS, BODIES[COMPLETIONS]), name="waiting")
         await until(lambda: w.gateway.core.waiting() == 1)
         await w.engine.start()
@@ -132,11 +136,13 @@ async def test_without_a_healthy_upstream_requests_wait_and_then_get_503() -> No
 
 
 async def test_after_keepalive_the_status_is_out_and_trouble_is_an_event() -> None:
-    async with world(scheduler={"queue": {"unavailable_timeout": 0.3}}, server={"keepalive_after": 0.1}) as w:
+    async with world(server={"keepalive_after": 0.1}) as w:
         await w.engine.kill()
         await until(lambda: not w.gateway.fleet.models)
         async with w.post(COMPLETIONS, {**BODIES[COMPLETIONS], "stream": True}) as response:
             assert response.status == 200
+            a_minute_later = asyncio.get_running_loop().time() + 60.0
+            w.gateway.dispatcher._perform(w.gateway.core.tick(a_minute_later))
             data = await response.read()
         assert data.startswith(b": ")
         assert orjson.loads(payloads(data)[-1])["error"]["code"] == "overloaded"

@@ -15,7 +15,7 @@ from elis_gateway.app import Gateway
 from elis_gateway.config import from_mapping
 from elis_gateway.flight import Flight
 from tests.gateway.test_listener import raw, refusal
-from tests.gateway.world import COMPLETIONS, until, world
+from tests.gateway.world import COMPLETIONS, begin, until, world
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 UPLOAD = b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nContent-Type: audio/wav\r\n"
@@ -50,7 +50,7 @@ async def bare(serve: Serve) -> AsyncIterator[tuple[Gateway, str]]:
         "upstreams": [{"url": f"http://127.0.0.1:{port}", "slots": 1, "continuation": "off"}],
     }
     gateway = Gateway(from_mapping(settings))
-    await gateway.start()
+    await begin(gateway)
     try:
         yield gateway, f"http://127.0.0.1:{gateway.port}"
     finally:
@@ -94,14 +94,17 @@ async def test_an_upload_that_trickles_is_given_up(caplog: pytest.LogCaptureFixt
 async def test_a_relayed_answer_that_breaks_off_is_seen_to_and_is_no_bug_of_ours(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    begun = asyncio.Event()
+
     async def cut(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nbeginning")
-        await writer.drain()
-        await asyncio.sleep(0.05)
+        await begun.wait()
 
     async with bare(cut) as (_, url), aiohttp.ClientSession() as session:
-        with pytest.raises(aiohttp.ClientError):
-            async with session.get(url + "/v1/thing") as response:
+        async with session.get(url + "/v1/thing") as response:
+            assert await response.content.readany() == b"beginning"
+            begun.set()
+            with pytest.raises(aiohttp.ClientError):
                 await response.read()
         assert quiet(caplog)
 

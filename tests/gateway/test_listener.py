@@ -15,7 +15,7 @@ from tests.gateway.world import AT_ONCE, CHAT, COMPLETIONS, until, world
 BODY: dict[str, Any] = {"model": "sim", "prompt": "a", "max_tokens": 3}
 
 
-async def raw(port: int, data: bytes, *, within: float = 10.0) -> bytes:
+async def raw(port: int, data: bytes, *, within: float = 60.0) -> bytes:
     """Everything that comes back for these bytes until the gateway closes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(data)

@@ -199,7 +199,7 @@ async def test_a_frozen_engine_s_answers_go_on_elsewhere_once_it_is_down() -> No
                 data = await read_until(response, 5)
                 busy = next(n for n, e in enumerate(w.engines) if any(r.how == "open" for r in e.log))
                 proxies[busy].freeze()
-                data += await asyncio.wait_for(response.content.read(), 20)
+                data += await asyncio.wait_for(response.content.read(), 60)
                 proxies[busy].thaw()
             assert w.checker.check(path, body, of_stream(payloads(data))) == []
             await until(lambda: len(w.gateway.fleet.serving("sim")) == 2)

@@ -19,7 +19,7 @@ from aiohttp import ClientSession, web
 
 from elis_gateway.app import Gateway
 from elis_gateway.config import from_mapping
-from tests.gateway.world import CHAT, COMPLETIONS
+from tests.gateway.world import CHAT, COMPLETIONS, begin
 
 Event = dict[str, Any] | bytes
 
@@ -185,7 +185,7 @@ async def served(kind: Kind) -> AsyncIterator[tuple[Stub, str, str, ClientSessio
             "predictor": {"kind": "history"},
         }
         gateway = Gateway(from_mapping(settings), reload=lambda: from_mapping(settings))
-        await gateway.start()
+        await begin(gateway)
         stack.push_async_callback(gateway.stop, 0.0)
         session = await stack.enter_async_context(ClientSession())
         stub.seen.clear()

@@ -13,6 +13,7 @@ from multidict import CIMultiDict
 
 from elis_gateway.app import Gateway
 from elis_gateway.config import Server, from_mapping
+from tests.gateway.world import begin
 
 
 class Engine:
@@ -69,7 +70,7 @@ async def behind(*models: str, **sections: Any) -> AsyncIterator[tuple[str, list
         **sections,
     }
     gateway = Gateway(from_mapping(settings))
-    await gateway.start()
+    await begin(gateway)
     async with ClientSession() as session:
         yield f"http://127.0.0.1:{gateway.port}", engines, session
     await gateway.stop(0.0)
