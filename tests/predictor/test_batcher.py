@@ -21,7 +21,7 @@ class Worker:
         self.let = threading.Semaphore(0)
 
     def __call__(self, batch: Sequence[int]) -> list[int]:
-        assert self.let.acquire(timeout=10)
+        assert self.let.acquire(timeout=60)
         self.batches.append(list(batch))
         if -1 in batch:
             raise ValueError("a bad one")
@@ -72,9 +72,10 @@ async def test_who_went_away_is_not_served(worker: Worker) -> None:
 
 
 async def test_who_waited_too_long_is_told_so(worker: Worker) -> None:
-    batcher: Batcher[int, int] = Batcher(worker, max_batch=1, patience=0.02)
+    batcher: Batcher[int, int] = Batcher(worker, max_batch=1, patience=60.0)
     first = start(batcher.ask(1))
     await taken(worker, batcher)
+    batcher.patience = 0.02
     late = start(batcher.ask(2))
     await asyncio.sleep(0.05)
     worker.let.release(2)

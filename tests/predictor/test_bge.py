@@ -31,7 +31,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def once(folder: Path, **options: Any) -> EncodeOnce:
-    made = make(folder, **options)
+    """With patience for a machine that stands still, unless impatience is the point."""
+    made = make(folder, **{"deadline": 60.0, **options})
     assert isinstance(made, EncodeOnce)
     return made
 
@@ -293,7 +294,7 @@ async def test_a_worse_predictor_than_history_is_replaced_by_it_and_returns(
 
 
 async def test_the_published_method_waits_and_reads_what_was_answered(tmp_path: Path) -> None:
-    predictor = make(tiny.build(tmp_path, paper=True))
+    predictor = make(tiny.build(tmp_path, paper=True), deadline=60.0)
     assert isinstance(predictor, Paper)
     assert predictor.instant(view("long")) is None
     [before] = await predictor.refine([view("long")])
@@ -360,9 +361,10 @@ async def test_exchange_while_jobs_are_estimated(folder: Path, tmp_path: Path) -
     manifest = (others[2] / "manifest.json").read_text()
     old = tiny.digest(others[1] / "projection.npy")
     (others[2] / "manifest.json").write_text(manifest.replace(old, tiny.digest(others[2] / "projection.npy")))
-    stop = False
+    stop, total = False, 0
 
-    async def client(name: int) -> int:
+    async def client(name: int) -> None:
+        nonlocal total
         done = 0
         while not stop:
             prompt = f"long tale {name} {done}"
@@ -373,14 +375,17 @@ async def test_exchange_while_jobs_are_estimated(folder: Path, tmp_path: Path) -
             assert predictor.instant(view(prompt, 50, job=job)) is not None
             predictor.learn(view(prompt, 70, job=job), complete=True)
             done += 1
-        return done
+            total += 1
 
     clients = [spawn(client(n), name="client") for n in range(4)]
     for other in (*others, folder, *others):
+        before = total
         assert await predictor.swap(other)
-        await asyncio.sleep(0.02)
+        while total < before + 8:
+            await asyncio.sleep(0.001)
+            assert not any(each.done() for each in clients)
     stop = True
-    assert sum(await asyncio.gather(*clients)) > 20
+    await asyncio.gather(*clients)
     assert predictor.counts["failed"] == 0
     predictor.close()
 
