@@ -28,8 +28,9 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not ins
 async def busy(**sections: Any) -> AsyncIterator[World]:
     """One upstream of two slots, one job that runs long in each, and three that wait."""
     upstream = {"overcommit": 0}
-    async with world(paced(40, slots=2), slots=2, upstream=upstream, predictor={"kind": "max_tokens"}, **sections) as w:
-        bodies = [{**BODY, "max_tokens": n, "stream": True} for n in (900, 1000, 500, 300, 400)]
+    # Four minutes: longer than any browser takes to start.
+    async with world(paced(8, slots=2), slots=2, upstream=upstream, predictor={"kind": "max_tokens"}, **sections) as w:
+        bodies = [{**BODY, "max_tokens": n, "stream": True} for n in (1900, 2000, 500, 300, 400)]
         asking = []
         for number, body in enumerate(bodies):
             asking.append(spawn(w.ask(COMPLETIONS, body), name="ask"))
@@ -53,7 +54,7 @@ async def test_the_present_who_runs_and_who_is_next() -> None:
         assert (now["waiting"], now["running"], now["slots"]) == (3, 2, 2)
         assert [job["predicted"] for job in now["queue"]] == [300, 400, 500]
         (upstream,) = now["upstreams"]
-        assert sorted(run["predicted"] for run in upstream["runs"]) == [900, 1000]
+        assert sorted(run["predicted"] for run in upstream["runs"]) == [1900, 2000]
         assert all(run["tokens"] > 0 and run["started"] for run in upstream["runs"])
         assert now["longest_wait"] >= now["queue"][0]["waited"] >= 0
         assert now["policy"]["kind"] in now["policies"]
