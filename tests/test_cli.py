@@ -120,10 +120,10 @@ def test_sim_engine_serves_until_it_is_told_to_stop() -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         said = process.stdout.readline()
-        with urllib.request.urlopen(said.removeprefix("listening on ").strip() + "/health", timeout=10) as reply:
+        with urllib.request.urlopen(said.removeprefix("listening on ").strip() + "/health", timeout=60) as reply:
             assert reply.status == 200
         process.terminate()
-        assert process.wait(20) in (0, -15)
+        assert process.wait(60) in (0, -15)
 
 
 def test_an_address_that_is_none_is_named(tmp_path: Path) -> None:
