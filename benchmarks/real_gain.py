@@ -152,7 +152,7 @@ def predictor(known: str, past: Path, folder: Path) -> dict[str, Any]:
 
 async def send(url: str, work: Workload, salt: str) -> Run:
     async with Client(url) as client:
-        target = HttpTarget(client, MODEL, body={**GREEDY, "cache_salt": salt}, debug=True)
+        target = HttpTarget(client, MODEL, body={**GREEDY, "cache_salt": salt}, debug=True, gaps=True)
         target.prepare(work.requests)
         target.start = time.perf_counter() + runner.LEAD
         return await runner.run(work, target, start=target.start, patience=1800)
