@@ -29,6 +29,7 @@ from elis_gateway import tracing
 from elis_gateway.access import Door, hashed, new_key
 from elis_gateway.config import ApiKey, Limits, Tracing
 from elis_gateway.core.job import Job, JobSpec, Outcome
+from elis_gateway.core.placement import Pool
 from elis_gateway.flight import Flight, Leg, Observer, overriding
 from elis_gateway.intake import Intake
 from elis_gateway.metrics import Metrics
@@ -112,7 +113,7 @@ def life(observers: Sequence[Observer]) -> Callable[[], None]:
 
     def one() -> None:
         flight = Flight(spec, request, Answer(request, Mode.IDS), class_name="default")
-        flight.job = job = Job(spec, 1.0)
+        flight.job = job = Job(spec, 1.0, Pool("sim", 0.02, 0.0))
         for tell in told["submitted"]:
             tell(flight)
         for tell in told["estimated"]:

@@ -3,6 +3,7 @@
 
     python benchmarks/core_speed.py
     python benchmarks/core_speed.py --beside ../another-tree --output benchmarks/results/core-speed.jsonl
+    python -m deploy.compiled --keep /tmp/c && python benchmarks/core_speed.py --beside . --tree /tmp/c/site
 
 The driver is trivial: it performs actions at once and tells the scheduler what a perfect engine would. A job has five
 windows: in fixed windows five calls, in elastic ones one call that reports four windows and its end. *Core alone*: the
@@ -258,9 +259,8 @@ class Tree:
     """This script at work on one tree, in a process of its own."""
 
     def __init__(self, root: Path) -> None:
-        self.commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        compiled = any((root / "elis_gateway" / "core").glob("scheduler.*.so"))
+        self.commit = _commit(root) if not compiled else f"{_commit(ROOT)} compiled"
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--work"],
             env={**os.environ, "PYTHONPATH": str(root.resolve())},
@@ -280,8 +280,13 @@ class Tree:
         self._process.communicate()
 
 
-def beside(other: Path, turns: int, jobs: int, only: str, output: Path | None) -> None:
-    new, old = Tree(ROOT), Tree(other)
+def _commit(root: Path) -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def beside(other: Path, tree: Path, turns: int, jobs: int, only: str, output: Path | None) -> None:
+    new, old = Tree(tree), Tree(other)
     print(f"jobs per CPU second, {old.commit} and {new.commit} in turns; medians, quartiles of {turns} ratios")
     names = [name for name, _, _ in CASES] + [SIMULATED + mode for mode in ("fixed", "elastic")]
     for name in [name for name in names if only in name]:
@@ -317,6 +322,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=12_000)
     parser.add_argument("--waiting", type=int, default=100_000)
     parser.add_argument("--beside", type=Path, metavar="TREE", help="a checkout of another version to compare with")
+    parser.add_argument("--tree", type=Path, default=ROOT, help="what is compared, where that is not this checkout")
     parser.add_argument("--turns", type=int, default=40)
     parser.add_argument("--only", default="", metavar="TEXT", help="of a comparison, the cases with this in their name")
     parser.add_argument("--output", type=Path, help="file of results of a comparison, appended to")
@@ -326,7 +332,7 @@ def main() -> None:
         work()
         return
     if args.beside is not None:
-        beside(args.beside, args.turns, min(args.jobs, 2000), args.only, args.output)
+        beside(args.beside, args.tree, args.turns, min(args.jobs, 2000), args.only, args.output)
         return
 
     print(f"jobs/s of five windows each, {SLOTS} slots, one core; 100 waiting, then {args.waiting:,}")

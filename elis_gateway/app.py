@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -192,6 +193,8 @@ class Gateway:
         except BaseException:
             await self.stop(grace=0.0)
             raise
+        if not isinstance(Scheduler.submit, FunctionType):
+            _log.info("the scheduler core is compiled")
         _log.info("listening on %s://%s:%d", _scheme(server), server.host, self.port)
         _log.info("admin listening on %s://%s:%d", _scheme(admin), admin.host, self.admin_port)
 

@@ -157,6 +157,6 @@ def _outside(kind: str, options: dict[str, Any]) -> Policy:
         made = build(**options)
     except (ImportError, AttributeError, StopIteration, TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {error or 'no such entry point'}") from error
-    if not isinstance(made, Policy):
-        raise ConfigError(f"{where}: {type(made).__name__} is not a policy: it lacks key, needs_estimates or preempts")
-    return made
+    if lacking := [name for name in ("key", "needs_estimates", "preempts") if not hasattr(made, name)]:
+        raise ConfigError(f"{where}: {type(made).__name__} is not a policy: it lacks {', '.join(lacking)}")
+    return made  # type: ignore[no-any-return]

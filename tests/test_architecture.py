@@ -145,6 +145,8 @@ def test_the_core_is_pure() -> None:
     for name, path in MODULES.items():
         if name.startswith(CORE):
             roots = {imported.split(".")[0] for imported in imports(path)} - {"elis_gateway"}
+            if name == CORE + ".compiled":
+                roots -= {"mypy_extensions"}  # what the type checker and the compiler read; never imported
             assert roots <= set(sys.stdlib_module_names) - never, f"{name}: {roots}"
 
 

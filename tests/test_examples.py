@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from elis_gateway import build
+from elis_gateway.errors import ConfigError
 from elis_gateway.predictor.baselines import NoisyOracle
 from elis_gateway.sim.engine import EngineModel
 from loadtest.settings import setting
@@ -51,6 +53,12 @@ def test_an_outside_policy_in_the_simulator() -> None:
         for policy in (LONGEST_FIRST, "fcfs")
     )
     assert ours > 1.1 * first_come
+
+
+def test_what_is_no_policy_is_told_what_it_lacks() -> None:
+    section = setting("fcfs", policy="collections:OrderedDict")
+    with pytest.raises(ConfigError, match="OrderedDict is not a policy: it lacks key, needs_estimates, preempts"):
+        build.policy(section.policy, section.aging)
 
 
 async def test_an_outside_policy_live() -> None:

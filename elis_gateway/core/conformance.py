@@ -23,6 +23,8 @@ from elis_gateway.core.slice import Slice, SliceEnd, SliceResult
 
 __all__ = ["check_policy"]
 
+_FIELDS = [name for name in dir(Job) if not name.startswith("_")]
+
 
 def check_policy(make: Callable[[], Policy]) -> None:
     """Raises AssertionError saying what ``make()`` gets wrong: flags, pure and finite keys, and every job served."""
@@ -39,23 +41,23 @@ def _check_keys(make: Callable[[], Policy]) -> None:
     pool = Pool("m", 0.02, 0.0)
     for gamma in (0.0, 0.05):
         pool.gamma = gamma
-        for job in _jobs():
-            before = [getattr(job, name) for name in Job.__slots__]
+        for job in _jobs(pool):
+            before = [getattr(job, name) for name in _FIELDS]
             key = policy.key(job, pool, 100.0)
             assert isinstance(key, int | float), f"the key of {job} is not a number: {key!r}"
             assert isfinite(key), f"the key of {job} is not finite: {key!r}"
             assert key == policy.key(job, pool, 100.0) == twin.key(job, pool, 100.0), f"the key of {job} is not pure"
-            assert before == [getattr(job, name) for name in Job.__slots__], f"the policy changed {job}"
+            assert before == [getattr(job, name) for name in _FIELDS], f"the policy changed {job}"
 
 
-def _jobs() -> list[Job]:
+def _jobs(pool: Pool) -> list[Job]:
     found: list[Job] = []
     for estimate in (None, Estimate(1.0), Estimate(400.0, 30.0), Estimate(1e6)):
         for limit in (None, 1, 2000):
             for attained in (0, 1, 700):
                 if limit is not None and attained > limit:
                     continue
-                job = Job(JobSpec(f"j{len(found)}", "m", limit=limit), 10.0 * len(found))
+                job = Job(JobSpec(f"j{len(found)}", "m", limit=limit), 10.0 * len(found), pool)
                 job.estimate, job.attained = estimate, attained
                 found.append(job)
     return found

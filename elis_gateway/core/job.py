@@ -55,7 +55,7 @@ class JobSpec(NamedTuple):
     """May the answer be produced by several calls?"""
     conversation: str | None = None
     """Jobs of one conversation share a prefix; the next turn prefers the replica that ran the last."""
-    payload: object = None
+    payload: object | None = None
     """Opaque to the core: what the driver needs to run the job."""
     tail: float | None = None
     """Its class's own promise, instead of the scheduler's ``tail``."""
@@ -84,11 +84,11 @@ class Job:
         "seams", "served", "slice", "slices", "spec", "state", "waited",
     )  # fmt: skip
 
-    def __init__(self, spec: JobSpec, arrival: float, pool: Pool | None = None) -> None:
+    def __init__(self, spec: JobSpec, arrival: float, pool: Pool) -> None:
         self.spec = spec
         self.arrival = arrival
-        self.pool: Pool = pool  # type: ignore[assignment]
-        """The upstreams that serve its model; every job of a scheduler has one."""
+        self.pool = pool
+        """The upstreams that serve its model."""
         self.state = JobState.ESTIMATING
         self.attained = 0
         """Answer tokens that arrived and were kept."""

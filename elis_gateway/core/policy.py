@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import expm1, log
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol
 
+from elis_gateway.core.compiled import mypyc_attr
 from elis_gateway.core.job import Job
 
 __all__ = [
@@ -46,7 +47,7 @@ class PoolView(Protocol):
         """95th percentile of the model's answer lengths in tokens; None until known."""
 
 
-@runtime_checkable
+@mypyc_attr(native_class=False)
 class Policy(Protocol):
     """Bring your own: two flags and one pure function."""
 
@@ -81,6 +82,7 @@ def remaining_tokens(job: Job, pool: PoolView, index: bool = False) -> float:
     return left if left > 1.0 else 1.0
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class FCFS:
     """First come, first served."""
 
@@ -88,10 +90,14 @@ class FCFS:
     needs_estimates = False
     preempts = False
 
+    def __init__(self) -> None:
+        """No options."""
+
     def key(self, job: Job, pool: PoolView, now: float) -> float:
         return job.arrival
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class RoundRobin:
     """Everyone gets a window in turn: the value of preempting without predicting."""
 
@@ -99,10 +105,14 @@ class RoundRobin:
     needs_estimates = False
     preempts = True
 
+    def __init__(self) -> None:
+        """No options."""
+
     def key(self, job: Job, pool: PoolView, now: float) -> float:
         return now
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class LAS:
     """Least attained service first (foreground-background): short jobs are found by running them."""
 
@@ -110,10 +120,14 @@ class LAS:
     needs_estimates = False
     preempts = True
 
+    def __init__(self) -> None:
+        """No options."""
+
     def key(self, job: Job, pool: PoolView, now: float) -> float:
         return job.attained * pool.seconds_per_token
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Aging:
     """How the time waited counts against the work left: ``arrival - boost(remaining seconds)``.
 
@@ -147,6 +161,7 @@ class Aging:
         return job.arrival + log(-expm1(-x)) / g
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class SJF:
     """Shortest predicted job first, never interrupted."""
 
@@ -166,6 +181,7 @@ class SJF:
         return seconds if self.aging.kind == "none" else self.aging.key(job, seconds, pool)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class ISRTF(SJF):
     """Iterative shortest remaining time first (ELIS, arXiv 2505.09142): re-predicted, re-ordered every window."""
 

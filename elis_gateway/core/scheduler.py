@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from elis_gateway.core.actions import Abort, Action, AskEstimate, Finish
 from elis_gateway.core.admission import Alarms
+from elis_gateway.core.compiled import mypyc_attr
 from elis_gateway.core.dials import SchedulerConfig
 from elis_gateway.core.job import Estimate, Job, JobSpec, JobState, Outcome
 from elis_gateway.core.placement import Running, Upstream, UpstreamInfo
@@ -40,6 +41,7 @@ _SEAM_TOKENS = 2.0
 """Assumed until learned; an engine on a GPU needs one or two, a small one on a CPU four."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Scheduler:
     """Decides which slice runs next. Every method that takes ``now`` returns the actions to perform, in order."""
 

@@ -41,7 +41,7 @@ def test_the_suite_catches_an_impure_policy():
 
 
 def job(arrival: float, tokens: float) -> Job:
-    made = Job(JobSpec("x", "m"), arrival)
+    made = Job(JobSpec("x", "m"), arrival, Pool("m", 0.02, 0.0))
     made.estimate = Estimate(tokens)
     return made
 

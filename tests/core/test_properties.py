@@ -67,7 +67,7 @@ def test_the_wait_is_bounded(arrivals, aging, slots):
 
 
 def _boost(aging: Aging, seconds: float, pool: Pool) -> float:
-    job = Job(JobSpec("x", "m"), 0.0)
+    job = Job(JobSpec("x", "m"), 0.0, pool)
     return -aging.key(job, seconds, pool)
 
 

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from elis_gateway.core.job import Job, JobSpec, Outcome
+from elis_gateway.core.placement import Pool
 from elis_gateway.core.policy import FCFS, ISRTF, Policy
 from elis_gateway.core.scheduler import Scheduler, SchedulerConfig
 from elis_gateway.core.shadow import Shadow
@@ -17,7 +18,7 @@ from elis_gateway.sim.simulator import SimJob, simulate
 
 
 def finished(name: str, arrival: float, end: float) -> Job:
-    job = Job(JobSpec(name, "m"), arrival)
+    job = Job(JobSpec(name, "m"), arrival, Pool("m", 0.02, 0.0))
     job.finished = end
     job.outcome = Outcome.COMPLETED
     return job
