@@ -278,6 +278,8 @@ class Answer(Reading):
             return self._end_whole(how)
         dropped = self._ledger.drop()
         self._thought = 0
+        if not self.committed:
+            self._echo = self.request.echo  # it may have been in front of what was just taken back
         if self._inquiring and how == "finished" and not self.over:
             return SliceEnd.WINDOW
         if self.limit is not None and self._ledger.count >= self.limit and not self._restart:

@@ -11,7 +11,7 @@ from elis_gateway.core.slice import SliceEnd
 from elis_gateway.errors import UpstreamRefused, UpstreamUnavailable
 from elis_gateway.wire.continuation import Answer, Call, Lore, Mode
 from elis_gateway.wire.openai import Route
-from elis_gateway.wire.sse import DONE, encode
+from elis_gateway.wire.sse import DONE, EventDecoder, encode
 from tests.wire.fake_engine import FakeEngine, Refused, Script, direct, joined, make_request, serve
 
 
@@ -240,6 +240,18 @@ def test_a_stream_that_just_ends_has_not_finished() -> None:
         answer.feed([chunk("a", [3], prompt=[1])])
         assert answer.end_slice("finished") is SliceEnd.INTERRUPTED
         assert answer.text == "a"
+
+
+def test_an_echo_survives_a_first_call_of_which_nothing_is_kept() -> None:
+    """Its tokens are half a character: they are taken back, and the prompt in front of them must not be."""
+    answer = Answer(make_request(Route.COMPLETIONS, stream=True, max_tokens=9, echo=True), Mode.IDS, context=100)
+    begin(answer, 1)
+    assert answer.feed([chunk("", [7], prompt=[1, 2]), chunk("", [], "length"), DONE]) == b""
+    assert (answer.end_slice("finished"), answer.attained) == (SliceEnd.WINDOW, 0)
+    assert begin(answer, 1)["prompt"] == [1, 2]
+    got = answer.feed([chunk("\u6f22", [7, 8], prompt=[1, 2]), chunk("!", [9])])
+    texts = [orjson.loads(payload)["choices"][0]["text"] for payload in EventDecoder().feed(got)]
+    assert texts == ["hello\u6f22", "!"]
 
 
 def test_detokenize_is_not_there() -> None:
