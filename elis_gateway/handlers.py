@@ -245,6 +245,8 @@ class Handlers:
         try:
             data = await channel.get()
             response = _EventStream(headers=_headers(request, asked.first, _EVENTS))
+            if request.version < HttpVersion11:
+                response.force_close()  # without chunks nothing else tells where it ends, whatever is asked for
             await response.prepare(request)
             if request.transport is not None:
                 # Cutting the connection cancels this handler, and that its job.

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 
 import aiohttp
 import orjson
-from aiohttp import web, web_protocol
+from aiohttp import HttpVersion11, web, web_protocol
 from aiohttp.http_exceptions import HttpProcessingError
 from multidict import CIMultiDict
 
@@ -164,6 +164,8 @@ class Relay:
             given.update(getattr(request, "beside", {}))
             reason = answer.reason if answer.reason is not None and answer.reason.isprintable() else ""
             response = web.StreamResponse(status=answer.status, reason=reason, headers=given)
+            if request.version < HttpVersion11 and "Content-Length" not in given:
+                response.force_close()  # without chunks nothing else tells where it ends
             await response.prepare(request)
             async for chunk in answer.content.iter_any():
                 await response.write(chunk)

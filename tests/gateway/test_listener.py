@@ -125,6 +125,15 @@ async def test_a_head_that_never_ends_and_a_body_that_never_comes_are_given_up()
         await w.check(COMPLETIONS, BODY)
 
 
+async def test_a_client_without_chunks_learns_by_the_close_where_a_stream_ends() -> None:
+    """HTTP/1.0 that would like to keep its connection, as `ab -k` does."""
+    body = orjson.dumps({**BODY, "stream": True})
+    head = f"POST {COMPLETIONS} HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: {len(body)}\r\n\r\n"
+    async with world() as w:
+        answer = await raw(w.gateway.port, head.encode() + body)
+        assert answer.endswith(b"data: [DONE]\n\n")
+
+
 async def test_errors_of_the_admin_listener_are_json() -> None:
     async with world() as w:
         for method, path, status in (("GET", "/admin/nothing", 404), ("DELETE", "/admin/policy", 405)):

@@ -13,6 +13,7 @@ from multidict import CIMultiDict
 
 from elis_gateway.app import Gateway
 from elis_gateway.config import Server, from_mapping
+from tests.gateway.test_listener import raw
 from tests.gateway.world import begin
 
 
@@ -148,6 +149,12 @@ async def test_bodies_stream_both_ways() -> None:
         async with session.post(url + "/v1/audio", data=upload(), headers={"Content-Type": "audio/wav"}) as response:
             got = await response.read()
         assert got == engine.bodies[-1] == b"".join([b"%d," % n * 1000 for n in range(100)])
+
+
+async def test_a_client_without_chunks_learns_by_the_close_where_an_answer_ends() -> None:
+    async with behind("a") as (url, _, _):
+        head = b"PUT /v1/thing HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: 3\r\n\r\nabc"
+        assert (await raw(int(url.rpartition(":")[2]), head)).endswith(b"\r\n\r\nabc")
 
 
 async def test_with_no_upstream_left_the_answer_is_503() -> None:
