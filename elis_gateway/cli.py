@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 from collections.abc import Coroutine
 from importlib import import_module
 from pathlib import Path
@@ -104,6 +105,8 @@ def serve(path: Path) -> None:
     # Before numpy is imported: the matrices here are small, and threads that spin for them take milliseconds, and the
     # cores, from the event loop.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # A reload that is asked for before anything serves would end the process: what it asks for is about to be read.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     from elis_gateway import app, config, logs
 
     effective = config.load(path)

@@ -126,6 +126,18 @@ def test_sim_engine_serves_until_it_is_told_to_stop() -> None:
         assert process.wait(60) in (0, -15)
 
 
+def test_a_reload_during_the_start_does_not_end_it(tmp_path: Path) -> None:
+    """`systemctl reload` right after the start: by default the signal kills."""
+    path = tmp_path / "c.yaml"
+    path.write_text("upstreams: []\n")
+    hasty = (
+        "import os, signal\nfrom elis_gateway import config\nfrom elis_gateway.cli import main\nread = config.load\n"
+        "config.load = lambda path: (os.kill(os.getpid(), signal.SIGHUP), read(path))[1]\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", hasty, "serve", path], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, "Error: upstreams: expected at least one upstream\n")
+
+
 def test_an_address_that_is_none_is_named(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("server: {host: 300.1.1.1}\nupstreams: [{url: 'http://127.0.0.1:9', slots: 1}]\npredictor: none\n")
