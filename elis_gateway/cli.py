@@ -169,6 +169,8 @@ def doctor(target: str, api_key_env: str | None, quiet: bool) -> None:
     from elis_gateway import config
     from elis_gateway import doctor as doctoring
 
+    if "://" not in target and ":" in target and not Path(target).exists():
+        raise ConfigError(f"{target}: neither a file nor a URL, such as http://127.0.0.1:8000")
     if "://" in target:
         given: dict[str, Any] = {"url": target, "slots": 1, "api_key_env": api_key_env}
         upstreams = config.from_mapping({"upstreams": [given]}).upstreams
@@ -195,7 +197,13 @@ def doctor(target: str, api_key_env: str | None, quiet: bool) -> None:
 
 @cli.command("sim-engine")
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=8100, show_default=True, help="0: any free port, printed at the start.")
+@click.option(
+    "--port",
+    default=8100,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="0: any free port, printed at the start.",
+)
 @click.option(
     "--model", "models", multiple=True, default=("sim",), show_default=True, help="Name it serves; repeatable."
 )
@@ -203,11 +211,23 @@ def doctor(target: str, api_key_env: str | None, quiet: bool) -> None:
     "--engine", default="default", show_default=True, help="Engine model: a JSON file, or a shipped one's name."
 )
 @click.option("--slots", type=click.IntRange(min=1), help="Sequences run at once, instead of the engine model's.")
-@click.option("--speed", default=1.0, show_default=True, help="Modelled seconds per real second.")
+@click.option(
+    "--speed",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Modelled seconds per real second.",
+)
 @click.option(
     "--replay", type=click.Path(exists=True, dir_okay=False), help="Speak recorded answers from this JSONL file."
 )
-@click.option("--max-model-len", default=8192, show_default=True, help="Tokens of prompt and answer together.")
+@click.option(
+    "--max-model-len",
+    default=8192,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Tokens of prompt and answer together.",
+)
 @click.option(
     "--priority",
     type=click.Choice(["honour", "ignore", "refuse"]),
@@ -217,7 +237,9 @@ def doctor(target: str, api_key_env: str | None, quiet: bool) -> None:
 )
 @click.option("--token-ids/--no-token-ids", default=True, show_default=True, help="Whether it returns token ids.")
 @click.option("--prompt-tokens-details", is_flag=True, help="Report cached prompt tokens in the usage.")
-@click.option("--stream-interval", default=1, show_default=True, help="Tokens per streamed delta.")
+@click.option(
+    "--stream-interval", default=1, show_default=True, type=click.IntRange(min=1), help="Tokens per streamed delta."
+)
 @click.option("--delay/--no-delay", default=True, show_default=True, help="Without: every token is ready at once.")
 @click.option("--api-key", envvar="ELIS_SIM_API_KEY", help="Key that clients must bring.  [env: ELIS_SIM_API_KEY]")
 @click.option("--seed", default=0, show_default=True, help="Of sampled requests that bring none.")

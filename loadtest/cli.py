@@ -14,6 +14,9 @@ from loadtest.options import Work, work_options
 
 __all__ = ["cli"]
 
+_AT_LEAST_ONE = click.IntRange(min=1)
+_ABOVE_ZERO = click.FloatRange(min=0, min_open=True)
+
 
 @click.group()
 def cli() -> None:
@@ -43,7 +46,13 @@ def demo(real: bool, modelled: bool) -> None:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A frozen file from make-workload, instead of the options above.",
 )
-@click.option("--seeds", default=1, show_default=True, help="Workload seeds, from --seed on; the unit of comparison.")
+@click.option(
+    "--seeds",
+    default=1,
+    show_default=True,
+    type=_AT_LEAST_ONE,
+    help="Workload seeds, from --seed on; the unit of comparison.",
+)
 @click.option(
     "--compare",
     default="",
@@ -52,18 +61,22 @@ def demo(real: bool, modelled: bool) -> None:
     "the others are held against.",
 )
 @click.option("--aa/--no-aa", default=None, help="Run one setting twice as the noise floor.  [default: when comparing]")
-@click.option("--prediction-interval", default=50, show_default=True, help="Tokens of a window.")
-@click.option(
-    "--batch-size", type=click.IntRange(min=1), help="Slots: of the simulated engine, or to measure a capacity."
-)
+@click.option("--prediction-interval", default=50, show_default=True, type=_AT_LEAST_ONE, help="Tokens of a window.")
+@click.option("--batch-size", type=_AT_LEAST_ONE, help="Slots: of the simulated engine, or to measure a capacity.")
 @click.option(
     "--slo", multiple=True, metavar="NAME=SECONDS", help="Objective for goodput: jct, ttft, tpot; repeatable."
 )
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="Folder.  [default: runs/TIME]")
 @click.option("--model", help="Model to ask for.  [default: the server's first]")
 @click.option("--admin", metavar="URL", help="The gateway's admin listener.  [default: the target's host, port 8081]")
-@click.option("--closed", "users", type=click.IntRange(min=1), help="Closed loop of so many users; labelled as such.")
-@click.option("--timeout", default=600.0, show_default=True, help="Seconds after which a request counts as failed.")
+@click.option("--closed", "users", type=_AT_LEAST_ONE, help="Closed loop of so many users; labelled as such.")
+@click.option(
+    "--timeout",
+    default=600.0,
+    show_default=True,
+    type=_ABOVE_ZERO,
+    help="Seconds after which a request counts as failed.",
+)
 @click.option(
     "--max-lag", default=0.05, show_default=True, help="Seconds of own lag (p99) above which a run is invalid."
 )
@@ -77,8 +90,14 @@ def demo(real: bool, modelled: bool) -> None:
     show_default=True,
     help="Simulated: history, history-cold, perfect, shuffled, noisy:0.6, none, constant:250, max_tokens, config:FILE.",
 )
-@click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Simulated engines.")
-@click.option("--delay", default=0.0, show_default=True, help="Simulated seconds from gateway to engine, each way.")
+@click.option("--workers", default=1, show_default=True, type=_AT_LEAST_ONE, help="Simulated engines.")
+@click.option(
+    "--delay",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="Simulated seconds from gateway to engine, each way.",
+)
 def run(
     work: Work,
     workload: Path | None,
@@ -213,10 +232,10 @@ def compare_stored(ours: str, theirs: str, fail_above: tuple[str, ...], fail_bel
     "--output", type=click.Path(dir_okay=False, path_type=Path), default="engine-model.json", show_default=True
 )
 @click.option("--model", help="Model to ask for.  [default: the server's first]")
-@click.option("--slots", type=click.IntRange(min=1), help="Sequences decoded at once.  [default: found out]")
+@click.option("--slots", type=_AT_LEAST_ONE, help="Sequences decoded at once.  [default: found out]")
 @click.option("--block", default=16, show_default=True, help="Tokens per block of the engine's prefix cache.")
-@click.option("--kv-tokens", type=click.IntRange(min=1), help="Tokens of key-value memory, where that is a limit.")
-@click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1))
+@click.option("--kv-tokens", type=_AT_LEAST_ONE, help="Tokens of key-value memory, where that is a limit.")
+@click.option("--rounds", default=3, show_default=True, type=_AT_LEAST_ONE)
 @click.option("--about", default="", help="Engine and settings, in words.")
 @click.option("--api-key", envvar="OPENAI_API_KEY", help="Bearer token.  [env: OPENAI_API_KEY]")
 def calibrate(

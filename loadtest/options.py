@@ -64,7 +64,13 @@ _OPTIONS = (
         help="Applications, each with share, system prompt, prompts, lengths, arrivals (YAML or JSON); `example` for a "
         "built-in one.",
     ),
-    click.option("--longest", default=1000, show_default=True, help="Longest answer in tokens; also the limit sent."),
+    click.option(
+        "--longest",
+        default=1000,
+        show_default=True,
+        type=click.IntRange(min=1),
+        help="Longest answer in tokens; also the limit sent.",
+    ),
     click.option(
         "--force-lengths/--natural-lengths",
         "forced",

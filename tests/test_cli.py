@@ -115,6 +115,26 @@ def test_every_command_explains_itself(command: str) -> None:
     assert run(command, "--help").output.startswith(f"Usage: elis-gateway {command}")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sim-engine --speed 0",
+        "sim-engine --port 99999",
+        "sim-engine --max-model-len 0",
+        "sim-engine --stream-interval 0",
+        "loadtest run --target sim --seeds 0",
+        "loadtest run --target sim --prediction-interval 0",
+        "loadtest run --target sim --timeout 0",
+        "loadtest run --target sim --longest 0",
+        "doctor localhost:8000",
+    ],
+)
+def test_a_number_that_makes_no_sense_is_refused_by_name(command: str) -> None:
+    result = run(*command.split())
+    assert result.exit_code == 2
+    assert command.split()[-2] in result.stderr or "neither a file nor a URL" in result.stderr
+
+
 def test_sim_engine_serves_until_it_is_told_to_stop() -> None:
     command = [sys.executable, "-m", "elis_gateway", "sim-engine", "--port", "0", "--slots", "2", "--no-delay"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
