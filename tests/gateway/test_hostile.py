@@ -21,7 +21,7 @@ async def test_what_comes_is_refused_or_cut_off(kind: object, caplog: pytest.Log
     async with world(server=LIMITS) as w:
         for _ in range(12):
             data = kind(pick)
-            outcome, answer = await attack(w.gateway.port, data)
+            outcome, answer = await attack(w.gateway.port, data, within=60.0)
             assert outcome != "silence", data[:300]
             assert outcome == "closed" or outcome < "500", (data[:300], answer)
         await w.check(COMPLETIONS, GOOD)

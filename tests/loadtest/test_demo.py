@@ -14,7 +14,7 @@ from loadtest import demo_model, demo_real
 from loadtest.live import Screen, figure
 from loadtest.records import Row, Run
 from loadtest.workload import pool
-from tests.gateway.world import paced, world
+from tests.gateway.world import COMPLETIONS, paced, until, world
 
 
 def screen(terminal: bool = False, width: int = 110) -> tuple[Screen, io.StringIO]:
@@ -47,6 +47,9 @@ async def test_the_real_part(terminal: bool) -> None:
     ours, out = screen(terminal)
     async with world(paced(2000.0, slots=2), slots=2, scheduler={"mode": "elastic"}) as w:
         gateway = demo_real.Gateway(w.url, w.admin, w.engine.url, "sim")
+        # Until some answer is known, history has nothing to say, and the watched one may be over within a window.
+        await w.ask(COMPLETIONS, {"model": "sim", "prompt": "the first", "max_tokens": 60})
+        await until(lambda: len(w.gateway.journal.recent(1)) == 1)
         await demo_real.watch(gateway, w.session, ours)
         assert 0 < await demo_real.measure_speed(gateway, w.session) <= 2 * 2000
         (work,) = demo_real.bursts(6, seeds=1)
