@@ -13,7 +13,7 @@ from elis_gateway.config import from_mapping
 from elis_gateway.sim.checker import of_stream
 from elis_gateway.sim.faults import Fault
 from elis_gateway.tasks import spawn
-from tests.gateway.world import AT_ONCE, CHAT, COMPLETIONS, World, paced, payloads, read_until, until, world
+from tests.gateway.world import AT_ONCE, CHAT, COMPLETIONS, PATIENT, World, paced, payloads, read_until, until, world
 
 BODIES: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"model": "sim", "prompt": "long", "max_tokens": 200, "ignore_eos": True},
@@ -120,7 +120,8 @@ async def test_an_upstream_that_sheds_load_is_left_alone_for_as_long_as_it_says(
 
 async def test_without_a_healthy_upstream_requests_wait_and_then_get_503() -> None:
     async with world(scheduler={"queue": {"unavailable_timeout": 0.2}}) as w:
-        patient = {**w.gateway.config.model_dump(mode="json", exclude_defaults=True), "scheduler": {}}
+        given = w.gateway.config.model_dump(mode="json", exclude_defaults=True)
+        patient = {**given, "scheduler": {"queue": PATIENT}}
         await w.engine.kill()
         await until(lambda: not w.gateway.fleet.models)
         for stream in (False, True):
@@ -141,8 +142,8 @@ async def test_after_keepalive_the_status_is_out_and_trouble_is_an_event() -> No
         await until(lambda: not w.gateway.fleet.models)
         async with w.post(COMPLETIONS, {**BODIES[COMPLETIONS], "stream": True}) as response:
             assert response.status == 200
-            a_minute_later = asyncio.get_running_loop().time() + 60.0
-            w.gateway.dispatcher._perform(w.gateway.core.tick(a_minute_later))
+            much_later = asyncio.get_running_loop().time() + PATIENT["unavailable_timeout"]
+            w.gateway.dispatcher._perform(w.gateway.core.tick(much_later))
             data = await response.read()
         assert data.startswith(b": ")
         assert orjson.loads(payloads(data)[-1])["error"]["code"] == "overloaded"

@@ -21,6 +21,8 @@ CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 AT_ONCE = ServerConfig(port=0, delay=False, max_model_len=2048, language=Language(lengths=Lengths(mean=60)))
 """Tokens come as fast as they can be sent."""
+PATIENT = {"unavailable_timeout": 300.0}
+"""What waits for an engine that starts may wait for it on a slow machine, too."""
 
 
 def paced(tokens_per_second: float = 1000.0, *, slots: int = 4, seam: float = 0.0) -> ServerConfig:
@@ -121,6 +123,7 @@ async def world(
             "admin": {"port": 0},
             "upstreams": upstreams,
             "predictor": {"kind": "history"},
+            "scheduler": {"queue": PATIENT, **sections.pop("scheduler", {})},
             **sections,
         }
         if silent:
