@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -108,8 +109,9 @@ class Experiment:
             if not run.complete:
                 unfinished = sum(row.error == runner.UNFINISHED for row in run.rows)
                 found.append(f"{where}: stopped with {unfinished} requests unfinished and {run.unsent} unsent")
-            if failed := sum(bool(row.error) and row.error != runner.UNFINISHED for row in run.rows):
-                found.append(f"{where}: {failed} of {len(run.rows)} requests failed")
+            if failed := Counter(row.error for row in run.rows if row.error and row.error != runner.UNFINISHED):
+                kinds = ", ".join(error for error, _ in failed.most_common(3))
+                found.append(f"{where}: {failed.total()} of {len(run.rows)} requests failed ({kinds})")
             if wrong := sum(self._wrong(row, run) for row in run.rows):
                 found.append(f"{where}: {wrong} forced lengths came out different")
         if not self.complete and all(run.complete for run in self.runs):

@@ -227,7 +227,14 @@ async def _live(options: Options, work: Work, screen: Screen) -> Experiment:
         def make_target(workload: Workload) -> HttpTarget:
             small = workload.tokens <= GAPS_UP_TO
             body = {"temperature": 0, **(options.body or {})}
-            return HttpTarget(client, model, apps=options.apps, body=body, debug=True, gaps=small)
+            return HttpTarget(client, model, apps=options.apps, body=body, debug=True, gaps=small, on_refusal=refused)
+
+        refusals: set[int] = set()
+
+        def refused(status: int, words: str) -> None:
+            if status not in refusals:
+                refusals.add(status)
+                screen.say(f"  a request was answered {status}: {words}")
 
         def begin(planned: Planned, workload: Workload, start: float) -> None:
             label = LABELS.get(planned.setting, planned.setting)

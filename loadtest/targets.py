@@ -57,10 +57,12 @@ class HttpTarget:
         on_text: Callable[[Request, str], None] | None = None,
         debug: bool = False,
         gaps: bool = False,
+        on_refusal: Callable[[int, str], None] | None = None,
     ) -> None:
         """``start``: the run's beginning on ``time.perf_counter``. ``apps``: say the kind of request in X-Elis-App.
         ``body``: fields added to every request. ``on_text`` sees the answer as it arrives. ``debug``: ask the gateway
-        how it served each request. ``gaps``: keep the time between deltas."""
+        how it served each request. ``gaps``: keep the time between deltas. ``on_refusal`` is told the status and the
+        words of every answer that is an error."""
         self.client = client
         self.start = start
         self._model = model
@@ -69,6 +71,7 @@ class HttpTarget:
         self._on_text = on_text
         self._debug = debug
         self._gaps = gaps
+        self._on_refusal = on_refusal
         self._ready: dict[str, bytes] = {}
 
     def prepare(self, requests: Sequence[Request]) -> None:
@@ -85,6 +88,8 @@ class HttpTarget:
             return
         if reply.status != 200:
             row.error = f"status {reply.status}"
+            if self._on_refusal is not None:
+                self._on_refusal(reply.status, _words(reply.body))
         elif not reader.done and not row.error:
             row.error = "cut off"
 
@@ -105,6 +110,15 @@ class HttpTarget:
         if self._debug:
             headers["X-Elis-Debug"] = "1"
         return self.client.request("POST", "/v1/chat/completions", orjson.dumps(body), headers)
+
+
+def _words(body: bytes) -> str:
+    """What an error's body says, in one line."""
+    try:
+        said = orjson.loads(body)["error"]["message"]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        said = body.decode("utf-8", "replace")
+    return " ".join(str(said).split())[:300]
 
 
 class _Reader:

@@ -275,6 +275,12 @@ async def _stopped() -> None:
     assert any("unfinished" in fault for fault in experiment.faults())
 
 
+def test_requests_that_failed_are_told_with_what_they_failed_of() -> None:
+    rows = [Row(f"r{n}", n, n, None, None, error="status 400" if n else "reset") for n in range(20)]
+    experiment = Experiment({}, "live", ["x"], {0: burst(1, 1)}, runs=[Run("x", "hash", rows)])
+    assert experiment.faults() == ["x, seed 0: 20 of 20 requests failed (status 400, reset)"]
+
+
 def test_a_run_that_lagged_is_invalid() -> None:
     rows = [Row(f"r{n}", n, n + 0.2, n + 1, n + 2, 1) for n in range(20)]
     run = Run("x", "hash", rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -37,7 +38,7 @@ class Stub:
     async def chat(self, incoming: web.Request) -> web.StreamResponse:
         self.seen.append((await incoming.json(), incoming.headers.get("X-Elis-App")))
         if self.status != 200:
-            return web.Response(status=self.status)
+            return web.json_response({"error": {"message": "no\nroom"}}, status=self.status)
         reply = web.StreamResponse()
         await reply.prepare(incoming)
         await reply.write(b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n')
@@ -47,7 +48,7 @@ class Stub:
         return reply
 
 
-async def replay(stub: Stub, requests: list[Request]) -> tuple[list[Row], list[str]]:
+async def replay(stub: Stub, requests: list[Request], **more: Any) -> tuple[list[Row], list[str]]:
     app = web.Application()
     app.router.add_post("/v1/chat/completions", stub.chat)
     texts: list[str] = []
@@ -60,6 +61,7 @@ async def replay(stub: Stub, requests: list[Request]) -> tuple[list[Row], list[s
             body={"temperature": 0},
             on_text=lambda _, text: texts.append(text),
             debug=True,
+            **more,
         )
         done = await runner.run(Workload(tuple(requests)), target, start=start)
     return done.rows, texts
@@ -82,8 +84,10 @@ async def test_a_streamed_answer_becomes_a_row() -> None:
 async def test_failures_are_rows_too() -> None:
     stub = Stub()
     stub.status = 503
-    (row,), _ = await replay(stub, [request(0)])
+    told: list[tuple[int, str]] = []
+    (row,), _ = await replay(stub, [request(0)], on_refusal=lambda status, words: told.append((status, words)))
     assert row.error == "status 503"
+    assert told == [(503, "no room")]
     stub = Stub()
     stub.end = b'data: {"error":{"code":"gone"}}\n\n'
     (row,), _ = await replay(stub, [request(0)])
