@@ -57,7 +57,8 @@ def first(
     body.pop("echo", None)  # put in front by us
     body.pop("stream_interval", None)  # tokens are counted, and shown, one by one
     if limit is not None:
-        name = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
+        chats = request.chat and body.get("max_completion_tokens") is not None
+        name = "max_completion_tokens" if chats else "max_tokens"
         body[name] = limit
         if (body.get("min_tokens") or 0) > limit:
             body["min_tokens"] = limit

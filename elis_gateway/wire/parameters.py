@@ -119,7 +119,11 @@ PARAMETERS: dict[str, Parameter] = {
         Parameter("echo", Kind.OURS, "completions of a text without logprobs: put in front by us; else one call"),
         # how long
         Parameter("max_tokens", Kind.OURS, "each call asks for what is left, or for a window"),
-        Parameter("max_completion_tokens", Kind.OURS, "goes before max_tokens in chats"),
+        Parameter(
+            "max_completion_tokens",
+            Kind.OURS,
+            "goes before max_tokens in chats; of completions on llama.cpp, which reads it there too: one call",
+        ),
         Parameter("min_tokens", Kind.OURS, "each call asks for what is left of it"),
         Parameter("ignore_eos", Kind.CARRIED, ""),
         Parameter("stop", Kind.CARRIED, "searched over seams by us"),
@@ -277,7 +281,7 @@ def unsliceable(body: Mapping[str, Any], chat: bool, way: Way, thinking: Thinkin
         if row.kind is Kind.ALONE and name not in later and not (row.idle is not None and row.idle(value)):
             return name
     return (
-        _limits(body, chat)
+        _limits(body, chat, way)
         or _stops(body, way)
         or _draws(body, way)
         or _told(body, chat, way)
@@ -308,9 +312,11 @@ def _least(body: Mapping[str, Any], chat: bool) -> float:
     return float(asked[0] if asked else "inf" if chat else 16)
 
 
-def _limits(body: Mapping[str, Any], chat: bool) -> str | None:
+def _limits(body: Mapping[str, Any], chat: bool, way: Way) -> str | None:
     for name in ("max_tokens", "max_completion_tokens"):
         value = body.get(name)
+        if value is not None and name == "max_completion_tokens" and not chat and way not in _BY_IDS:
+            return name  # of chats, and vLLM reads it there alone; llama.cpp everywhere
         if value is not None and (type(value) is not int or value < 1):
             return name
     minimum = body.get("min_tokens")

@@ -75,6 +75,8 @@ def test_the_limit_goes_where_the_client_put_its_own() -> None:
     both = make_request(Route.CHAT, max_tokens=5, max_completion_tokens=80, stream=True)
     body = begin(Answer(both, Mode.IDS, context=100), 50)
     assert (body["max_completion_tokens"], body["max_tokens"]) == (50, 5)
+    text = make_request(Route.COMPLETIONS, max_tokens=80, max_completion_tokens=9, stream=True)  # vLLM does not read it
+    assert begin(Answer(text, Mode.IDS, context=100), 50)["max_tokens"] == 50
     assert begin(Answer(make_request(Route.CHAT, stream=True), Mode.IDS, context=100), 50)["max_tokens"] == 50
     assert "max_tokens" not in begin(Answer(make_request(Route.COMPLETIONS, stream=True), Mode.IDS), 50)  # 16 anyway
     assert begin(Answer(make_request(Route.CHAT, stream=True, max_tokens=30), Mode.IDS), 50)["max_tokens"] == 30

@@ -130,6 +130,13 @@ def test_log_probabilities_where_they_keep_their_form() -> None:
         assert chat(way, logprobs=True) == "logprobs"
 
 
+def test_the_limit_of_chats_counts_for_completions_on_llama_cpp() -> None:
+    assert completion(Way.LLAMA, max_tokens=12, max_completion_tokens=3) == "max_completion_tokens"
+    assert completion(Way.TEXT, max_completion_tokens=3) == "max_completion_tokens"
+    assert completion(max_tokens=12, max_completion_tokens=3) is None
+    assert chat(max_tokens=12, max_completion_tokens=3) is None
+
+
 def test_an_echo_is_ours_where_the_prompt_is_a_text() -> None:
     assert completion(echo=True) is None
     assert completion(echo=True, prompt=["hi"]) is None
