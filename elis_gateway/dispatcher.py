@@ -450,22 +450,26 @@ class Dispatcher:
         if self._calls.pop(slice_.id, None) is None:
             return
         now = self._loop.time()
-        end, cause = self._settle(call, how, error)
-        leg = Leg(
-            slice_.upstream,
-            call.sent,
-            call.first_token,
-            now,
-            max(answer.attained - call.base, 0),  # where it begins anew, what came before was another call's
-            end.value,
-            cause,
-            bool(flight.legs),
-            answer.cached,
-        )
-        flight.legs.append(leg)
-        for slice_ended in self._tell_slice_ended:
-            slice_ended(flight, leg)
-        self._perform(self.core.slice_ended(slice_.id, SliceResult(end, answer.attained, cause, answer.limit), now))
+        end, cause = SliceEnd.FAILED, "bug"
+        try:
+            end, cause = self._settle(call, how, error)
+            leg = Leg(
+                slice_.upstream,
+                call.sent,
+                call.first_token,
+                now,
+                max(answer.attained - call.base, 0),  # where it begins anew, what came before was another call's
+                end.value,
+                cause,
+                bool(flight.legs),
+                answer.cached,
+            )
+            flight.legs.append(leg)
+            for slice_ended in self._tell_slice_ended:
+                slice_ended(flight, leg)
+        finally:
+            # Whatever went wrong above is a bug and is raised; the slot must not be lost because of it.
+            self._perform(self.core.slice_ended(slice_.id, SliceResult(end, answer.attained, cause, answer.limit), now))
 
     def _settle(self, call: _Call, how: How, error: UpstreamError | None) -> tuple[SliceEnd, str]:
         """What the end of the call means for the answer: how the slice ended, and why if it ended badly."""

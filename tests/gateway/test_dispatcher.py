@@ -129,6 +129,33 @@ async def test_an_action_that_fails_does_not_hold_up_the_others() -> None:
 
 
 @jumping
+@pytest.mark.parametrize("where", ["observer", "answer"])
+async def test_a_bug_at_the_end_of_a_call_costs_no_slot(where: str) -> None:
+    desk = Desk()
+    first, second = desk.submit(10), desk.submit(10)
+
+    def bug(*_: Any) -> Any:
+        desk.dispatcher._tell_slice_ended.pop()
+        raise RuntimeError("a bug")
+
+    if where == "observer":
+        desk.dispatcher._tell_slice_ended.append(bug)
+        assert await text(first) == words(10)
+    else:
+        first.answer = Broken(first.request, Mode.IDS)
+        with pytest.raises(UpstreamUnavailable):
+            await text(first)
+    assert await text(second) == words(10)
+
+
+class Broken(Answer):
+    """Has a bug."""
+
+    def end_slice(self, how: Any) -> Any:
+        raise RuntimeError("a bug")
+
+
+@jumping
 async def test_a_stream_from_start_to_end() -> None:
     desk = Desk()
     flight = desk.submit(100)
