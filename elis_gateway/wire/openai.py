@@ -18,6 +18,8 @@ from elis_gateway.wire import foreign
 
 __all__ = ["Request", "Route", "parse"]
 
+_BOM = b"\xef\xbb\xbf"
+"""What some editors begin a file with; engines pass over it."""
 _DEPTH = 200
 """orjson reads documents of 1024 levels and writes only about 250; with fewer brackets than this none is that deep."""
 
@@ -134,6 +136,7 @@ class Request:
 
 def parse(route: Route, body: bytes) -> Request:
     """Read a request. Raises ``ClientError`` where it is no JSON object or a field we read has the wrong type."""
+    body = body.removeprefix(_BOM)
     try:
         parsed = orjson.loads(body)
     except orjson.JSONDecodeError as error:

@@ -99,7 +99,11 @@ PARAMETERS: dict[str, Parameter] = {
     for row in (
         # what is asked
         Parameter("model", Kind.OURS, "an alias is translated both ways"),
-        Parameter("messages", Kind.PROMPT, "text; with an image, audio or other part: one call"),
+        Parameter(
+            "messages",
+            Kind.PROMPT,
+            "text; with other parts: one call, as is on llama.cpp a document that goes on from the assistant's",
+        ),
         Parameter(
             "prompt", Kind.PROMPT, "text or token ids; of a list, each is a job of its own (llama.cpp: one call)"
         ),
@@ -285,7 +289,7 @@ def unsliceable(body: Mapping[str, Any], chat: bool, way: Way, thinking: Thinkin
         or _stops(body, way)
         or _draws(body, way)
         or _told(body, chat, way)
-        or (_chat(body, bool(later)) if chat else _prompt(body.get("prompt")) or _echo(body, way))
+        or (_chat(body, way, bool(later)) if chat else _prompt(body.get("prompt")) or _echo(body, way))
         or (_thoughts(body, thinking) if way is Way.THOUGHTS else None)
     )
 
@@ -396,7 +400,7 @@ def _told(body: Mapping[str, Any], chat: bool, way: Way) -> str | None:
     return asked[0] if asked else None
 
 
-def _chat(body: Mapping[str, Any], tools: bool) -> str | None:
+def _chat(body: Mapping[str, Any], way: Way, tools: bool) -> str | None:
     """``tools``: they may be called."""
     if body.get("echo") not in (None, False):
         return "echo"
@@ -416,6 +420,8 @@ def _chat(body: Mapping[str, Any], tools: bool) -> str | None:
         for part in content:
             if not isinstance(part, dict) or part.get("type") != "text":
                 return "multimodal content"
+    if way is Way.LLAMA and not body.get("stream") and messages[-1].get("role") == "assistant":
+        return "an answer that its client has begun"  # llama.cpp's documents repeat that beginning, its streams do not
     return None
 
 

@@ -23,6 +23,12 @@ def completion(**body: Any) -> Request:
     return parse(Route.COMPLETIONS, orjson.dumps({"model": "m", "prompt": "hi"} | body))
 
 
+def test_a_mark_before_the_json_is_passed_over() -> None:
+    """Files of Windows begin with it, and `curl -d @file` sends it."""
+    request = parse(Route.COMPLETIONS, b'\xef\xbb\xbf{"model": "m", "prompt": "a"}')
+    assert (request.model, request.raw) == ("m", b'{"model": "m", "prompt": "a"}')
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"3", b'"x"', b'{"model": 3}', b'{"model": "m", "stream": "yes"}'])
 def test_what_cannot_be_read_is_the_clients_fault(body: bytes) -> None:
     with pytest.raises(ClientError):

@@ -137,6 +137,14 @@ def test_the_limit_of_chats_counts_for_completions_on_llama_cpp() -> None:
     assert chat(max_tokens=12, max_completion_tokens=3) is None
 
 
+def test_an_answer_begun_by_its_client_is_one_document_on_llama_cpp() -> None:
+    """That document repeats the beginning; ours, made of a stream, would not."""
+    begun = [{"role": "user", "content": "Count"}, {"role": "assistant", "content": "1, 2,"}]
+    assert chat(Way.LLAMA, messages=begun) == "an answer that its client has begun"
+    assert chat(Way.LLAMA, messages=begun, stream=True) is None
+    assert chat(messages=begun) is None
+
+
 def test_an_echo_is_ours_where_the_prompt_is_a_text() -> None:
     assert completion(echo=True) is None
     assert completion(echo=True, prompt=["hi"]) is None
