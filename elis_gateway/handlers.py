@@ -125,6 +125,8 @@ class Handlers:
     def _other(self, method: str, path: str) -> Handler:
         """The handler of what is not exactly a route of ours. Raises ``ClientError``."""
         plain = _canonical(path)
+        if method == "GET" and path.startswith(_MODEL) and path.rstrip("/") != _MODEL.rstrip("/"):
+            return self._model  # its name may be anything, a quoted slash too
         if (handler := self._routes.get((method, plain))) is not None:
             # Another spelling of a route must not go past the queue.
             return handler

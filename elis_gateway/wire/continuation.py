@@ -51,7 +51,7 @@ class Answer(Reading):
     or ``body``. All token counts are of the answer.
     """
 
-    __slots__ = ("_grow", "_implied", "_ours", "_owed", "_unary", "reason")
+    __slots__ = ("_grow", "_implied", "_insisted", "_ours", "_owed", "_unary", "reason")
 
     def __init__(
         self,
@@ -111,6 +111,8 @@ class Answer(Reading):
         self._usage = None
         self._usage_shown = False
         self._running = None
+        self._insisted = False
+        """A question that found no answer was put once more."""
         self._grow = 0
         """The next call asks for at least so many tokens, because the last one kept none."""
         self._careful = 0
@@ -247,8 +249,9 @@ class Answer(Reading):
 
     def _does_without(self, status: int) -> bool:
         """A question between two calls was answered with an error status. False: then so is this answer."""
-        if status == 429 or (status >= 500 and status != _NOT_IMPLEMENTED):
-            return False  # busy, or ill: it may know when it is asked again
+        if not self._insisted and (status == 429 or (status >= 500 and status != _NOT_IMPLEMENTED)):
+            self._insisted = True
+            return False  # busy, or ill: it may know when it is asked once more
         if self._dialect.informed(None, self._ledger):
             return True
         if self.committed:

@@ -45,6 +45,7 @@ def refusal(answer: bytes) -> tuple[int, dict[str, Any]]:
         ("OPTIONS", "/v1/embeddings", 405, "method_not_allowed"),
         ("TRACE", "/v1/embeddings", 405, "method_not_allowed"),
         ("POST", "/v1/models", 405, "method_not_allowed"),
+        ("GET", "/v1/models/%2F", 404, "model_not_found"),
         ("GET", "/v1/../metrics", 400, "bad_path"),
         ("GET", "/v1/%2e%2E/metrics", 400, "bad_path"),
         ("POST", "/v1/x/..%2fcompletions", 400, "bad_path"),

@@ -171,6 +171,12 @@ def test_an_engine_that_is_busy_is_asked_for_its_prompt_again(status: int, strea
     assert not answer.refused(status, b"{}")
     assert answer.end_slice("broken") is SliceEnd.INTERRUPTED
     assert (body(answer, 5)[0], answer.text, answer.attained) == ("/apply-template", "ab", 2)
+    assert answer.refused(status, b"{}") is not stream, "asked for anew, where its client has seen nothing of it"
+    if not stream:
+        assert body(answer, 5)[0] == Route.CHAT.value
+        return
+    answer.end_slice("broken")
+    body(answer, 5)
     answer.feed_whole(b'{"prompt": "<user>"}')
     assert answer.end_slice("finished") is SliceEnd.WINDOW
     assert body(answer, 5)[1]["prompt"] == ["<user>", 7, 8]
