@@ -46,7 +46,7 @@ async def tried(st: str, description: Path, url: str, seconds: int, folder: Path
         *(
             "--continue-on-failure",
             "--request-timeout",
-            "30",
+            "120",
             "-H",
             "X-Elis-Deadline: 60",
             "--generation-deterministic",
@@ -59,9 +59,15 @@ async def tried(st: str, description: Path, url: str, seconds: int, folder: Path
     generated = re.search(r"(\d+) generated", done.stdout)
     return {
         "calls": int(generated[1]) if generated else 0,
-        "found": done.stdout[done.stdout.find("= FAILURES") :][:20000] if done.returncode else "",
+        "found": _found(done.stdout) if done.returncode else "",
         "errors": done.stderr[-2000:] if done.returncode and "generated" not in done.stdout else "",
     }
+
+
+def _found(said: str) -> str:
+    """What it complains of: failures, or errors of its own; else how it ended."""
+    begin = re.search(r"^=+ (?:FAILURES|ERRORS) =+$", said, re.MULTILINE)
+    return said[begin.start() :][:20000] if begin else said[-3000:]
 
 
 async def run(st: str, seconds: int) -> dict[str, Any]:

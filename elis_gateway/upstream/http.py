@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
+from weakref import WeakValueDictionary
 
 import aiohttp
 from multidict import CIMultiDict
@@ -108,7 +109,7 @@ class HttpUpstream:
                 limit=0,
                 keepalive_timeout=_POOL_IDLE,
                 # Authorities take a megabyte and tens of milliseconds: not where nobody will be asked for any.
-                ssl=_ssl(self.settings.tls) if self.settings.url.lower().startswith("https:") else True,
+                ssl=_shared(self.settings.tls) if self.settings.url.lower().startswith("https:") else True,
                 ttl_dns_cache=10,
                 resolver=Names(),
                 socket_factory=_watched_socket,
@@ -509,6 +510,22 @@ def _api_key(variable: str | None) -> str | None:
     if key := os.environ.get(variable):
         return key
     raise ConfigError(f"environment variable {variable} (an upstream's api_key_env) is not set")
+
+
+_in_use: WeakValueDictionary[tuple[object, ...], ssl.SSLContext] = WeakValueDictionary()
+
+
+def _shared(tls: config.TLS) -> ssl.SSLContext | bool:
+    """``_ssl``, and one for all upstreams whose files are the same and as they were: a megabyte of authorities each."""
+    files = (tls.ca, tls.cert, tls.key)
+    key = (tls.verify, *files, *(path is not None and path.exists() and path.stat().st_mtime_ns for path in files))
+    context = _in_use.get(key)
+    if context is None:
+        made = _ssl(tls)
+        if not isinstance(made, ssl.SSLContext):
+            return made
+        context = _in_use[key] = made
+    return context
 
 
 def _ssl(tls: config.TLS) -> ssl.SSLContext | bool:
