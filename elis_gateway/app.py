@@ -62,6 +62,8 @@ own (700, 10, 10) every other one is looked through several times: 7 % of what a
 _LINGER = 1.0
 """Seconds in which the rest of a refused body is still read, so that its sender gets to see the refusal."""
 
+_AT_ONCE = 16
+"""Upstreams that are begun to be used in one turn of the event loop: some milliseconds."""
 _SAVE_TRIES = 5
 _SAVE_EVERY = 300.0
 """Seconds between two times that what the predictor learned is written down."""
@@ -520,12 +522,12 @@ class Gateway:
             self._leaving.add(name)
             self.fleet.drain(name)
             spawn(self._replace(name), name=f"replace upstream {name}")
-        for name, new in wanted.items():
-            # One that is on its way out comes back when it is gone, as is then wanted.
-            if name not in self.fleet.upstreams:
-                changed = True
-                await self.fleet.add(new)
-                # Each takes a while, with TLS: tokens move in between, and a shutdown ends it.
+        # One that is on its way out comes back when it is gone, as is then wanted.
+        for count, name in enumerate([name for name in wanted if name not in self.fleet.upstreams], start=1):
+            changed = True
+            await self.fleet.add(wanted[name])
+            if count % _AT_ONCE == 0:
+                # Tokens move in between, and a shutdown ends it. (A turn of a loop that probes a thousand is long.)
                 await asyncio.sleep(0)
                 self._refuse_if_stopping()
         return changed
