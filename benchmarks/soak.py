@@ -12,7 +12,7 @@ other work, the modelled engine is late as well.
 What remembers a fixed number of applications and prompts is filled before the half hour begins, by short requests of
 invented applications: what grows afterwards would grow for ever. (So that this takes minutes, a quarter of the prompts
 that are remembered by default: ``--prompts``.) The trend is a straight line over everything after the first third. A
-run whose generator was late (99th percentile) is told to be invalid.
+run whose generator was late (99th percentile) is told to be invalid as to latency.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ def cli() -> None:
 @click.option("--speed", default=2.0, show_default=True, help="Of the engine: less where the machine has other work.")
 @click.option("--predictor", default="bge", show_default=True, help="The default, where its extra is installed.")
 @click.option("--prompts", default=1024, show_default=True, help="Remembered; as many are encoded before it begins.")
-def run(minutes: float, seed: int, speed: float, predictor: str, prompts: int) -> None:
+@click.option("--name", default="soak", show_default=True, help="Of the stored run.")
+def run(minutes: float, seed: int, speed: float, predictor: str, prompts: int, name: str) -> None:
     """Measure."""
     rate = EngineModel.load(MODEL).rate(SLOTS) * speed
     workload = asked(minutes, seed, rate)
@@ -179,14 +180,15 @@ def run(minutes: float, seed: int, speed: float, predictor: str, prompts: int) -
         "errors": sorted({r["error"] for r in rows if r["error"]}),
         "failed": sum(bool(r["error"]) for r in rows),
     }
-    (RESULTS / "soak.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
-    tell(result)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+    tell(result, name)
 
 
 @cli.command()
-def report() -> None:
+@click.option("--name", default="soak", show_default=True, help="Of the stored run.")
+def report(name: str) -> None:
     """What is stored, in words and as a plot."""
-    tell(json.loads((RESULTS / "soak.json").read_text(encoding="utf-8")))
+    tell(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")), name)
 
 
 def asked(minutes: float, seed: int, rate: float) -> Workload:
@@ -262,7 +264,7 @@ def trend(at: list[float], values: list[float]) -> tuple[float, float]:
     return float(y.mean()), float(np.polyfit(x, y, 1)[0]) * 3600.0
 
 
-def tell(result: dict[str, Any]) -> None:
+def tell(result: dict[str, Any], name: str) -> None:
     samples, minutes = result["samples"], result["minutes"]
     # The last sample is of an idle gateway: what is left when everybody has gone.
     loaded, idle = samples[:-1], samples[-1]
@@ -273,11 +275,14 @@ def tell(result: dict[str, Any]) -> None:
     mean_memory, growth = trend(at, memory)
     whole = [m for m in minutes if m["requests"] >= 20]
     slow, slower = trend([60.0 * m["minute"] for m in whole], [m["slowdown"] for m in whole])
-    before, lagged = result["before"], result["lag"]
-    print(f"before: {before['jobs']:.0f} requests, {before['encoded']:.0f} prompts encoded")
+    if before := result.get("before"):
+        print(f"before: {before['jobs']:.0f} requests, {before['encoded']:.0f} prompts encoded")
     print(f"requests {result['requests']}, failed {result['failed']} {result['errors']}")
-    print(f"the generator was late by {lagged['p99'] * 1e3:.0f} ms (p99), {lagged['worst'] * 1e3:.0f} at most", end="")
-    print("" if lagged["p99"] <= MAX_LAG else ": INVALID")
+    if lagged := result.get("lag"):
+        print(
+            f"the generator was late by {lagged['p99'] * 1e3:.0f} ms (p99), {lagged['worst'] * 1e3:.0f} at most", end=""
+        )
+        print("" if lagged["p99"] <= MAX_LAG else ": INVALID as to latency")
     print(f"memory {mean_memory:.1f} MB, first {memory[0]:.1f}, last {memory[-1]:.1f}; trend {growth:+.2f} MB per hour")
     print(f"slowdown (median by minute) {slow:.2f}; trend {slower:+.3f} per hour")
     expected = {m["minute"]: m["slowdown"] for m in result["modelled_minutes"]}
@@ -294,10 +299,10 @@ def tell(result: dict[str, Any]) -> None:
     print(f"event-loop lag, mean of ten seconds: median {median(lag):.2f} ms, worst {max(lag):.1f} ms")
     print(f"processor {fmean(cpu):.1%} of one core; open files at most {max(s['files'] for s in samples):.0f}")
     print(f"afterwards: {idle['live']:.0f} jobs live, {idle['files']:.0f} open files")
-    draw(result, at, memory, lag)
+    draw(result, at, memory, lag, RESULTS / f"{name}.png")
 
 
-def draw(result: dict[str, Any], at: list[float], memory: list[float], lag: list[float]) -> None:
+def draw(result: dict[str, Any], at: list[float], memory: list[float], lag: list[float], file: Path) -> None:
     """The plot."""
     import matplotlib
 
@@ -314,8 +319,9 @@ def draw(result: dict[str, Any], at: list[float], memory: list[float], lag: list
         ("modelled_minutes", "#d1495b", "the same requests, modelled"),
         ("engine_minutes", "#888888", "the engine's own calls"),
     ):
-        at_minutes = [m["minute"] + 0.5 for m in result[name]]
-        middle.plot(at_minutes, [m["slowdown"] for m in result[name]], color=color, label=label)
+        # Calls before the first minute are those that filled what remembers.
+        shown = [m for m in result[name] if m["minute"] >= 0]
+        middle.plot([m["minute"] + 0.5 for m in shown], [m["slowdown"] for m in shown], color=color, label=label)
     middle.legend(loc="lower right")
     middle.set_ylim(0)
     middle.set_ylabel("over the least possible,\nmedian of a minute")
@@ -329,7 +335,7 @@ def draw(result: dict[str, Any], at: list[float], memory: list[float], lag: list
         f"{result['requests']} requests at {result['load']:.0%} of capacity, embedded engine, {result['date']}"
     )
     figure.tight_layout()
-    figure.savefig(RESULTS / "soak.png", dpi=110)
+    figure.savefig(file, dpi=110)
 
 
 if __name__ == "__main__":
