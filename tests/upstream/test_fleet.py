@@ -67,7 +67,8 @@ async def test_an_upstream_that_does_not_answer_at_the_start_is_told_of_once(cap
     settings = {"url": "http://127.0.0.1:9", "slots": 1, "health": {"interval": 0.01}}
     fleet = Fleet([Upstream.model_validate(settings)], lambda info: None)
     await fleet.start()
-    await asyncio.sleep(0.1)
+    await until(lambda: "does not answer yet" in caplog.text)
+    await asyncio.sleep(0.05)  # in which it is looked at again
     await fleet.close()
     (told,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert told.startswith("upstream 127.0.0.1:9 does not answer yet: 127.0.0.1:9: Cannot connect")

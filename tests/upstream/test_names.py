@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,31 +23,33 @@ DEAD = 40
 
 
 @pytest.fixture
-def silent_servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nobody answers for ``dead…``; every other name is this machine."""
-    release = threading.Event()
+def given_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Nobody answers for ``dead…``, until minutes later it is given up; every other name is this machine."""
+    release, ended = threading.Event(), list[str]()
     real = socket.getaddrinfo
 
     def look(host: str, *more: Any) -> Any:
         if host.startswith("dead"):
-            release.wait(60)
+            release.wait(120)
+            ended.append(host)
             raise socket.gaierror(socket.EAI_AGAIN, "nobody answered")
         return real("127.0.0.1", *more)
 
     monkeypatch.setattr(socket, "getaddrinfo", look)
-    yield
+    yield ended
     release.set()
 
 
 def upstream(name: str, port: int) -> HttpUpstream:
     return HttpUpstream(
-        Upstream.model_validate({"url": f"http://{name}:{port}", "slots": 1, "health": {"timeout": 10}})
+        Upstream.model_validate({"url": f"http://{name}:{port}", "slots": 1, "health": {"timeout": 60}})
     )
 
 
-@pytest.mark.usefixtures("silent_servers")
-def test_a_healthy_upstream_is_found_while_names_of_others_hang_and_nobody_waits_for_those_in_the_end() -> None:
-    async def ask() -> float:
+def test_a_healthy_upstream_is_found_while_names_of_others_hang_and_nobody_waits_for_those_in_the_end(
+    given_up: list[str],
+) -> None:
+    async def ask() -> None:
         async with SimServer(AT_ONCE) as server:
             dead = [upstream(f"dead{n}.example", 9) for n in range(DEAD)]
             alive = upstream("alive.example", server.port)
@@ -56,20 +57,16 @@ def test_a_healthy_upstream_is_found_while_names_of_others_hang_and_nobody_waits
                 await each.start()
             hanging = [spawn(each.get("/health"), name="hanging") for each in dead]
             await asyncio.sleep(0)
-            began = time.monotonic()
             await alive.get("/health")
-            took = time.monotonic() - began
+            assert not any(task.done() for task in hanging)
             for task in hanging:
                 task.cancel()
             await asyncio.gather(*hanging, return_exceptions=True)
             for each in (*dead, alive):
                 await each.close()
-            return took
 
-    began = time.monotonic()
-    took = asyncio.run(ask())
-    assert took < 8.0
-    assert time.monotonic() - began < 30.0, "the end waited for names"
+    asyncio.run(ask())
+    assert not given_up, "the end waited for names"
 
 
 async def test_what_is_no_name_is_a_failure_like_others() -> None:
