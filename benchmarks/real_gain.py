@@ -35,10 +35,12 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import aiohttp
 import click
 
 from benchmarks import capacity_live
 from benchmarks.capacity import Clock, about
+from benchmarks.capacity_probe import Spent
 from benchmarks.rows import save, stored
 from benchmarks.studies.harness import table
 from benchmarks.validate_engine import SLOTS, capacity
@@ -46,6 +48,7 @@ from benchmarks.vllm_engine import MODEL, cache
 from elis_gateway.predictor.base import View
 from elis_gateway.predictor.baselines import write_lengths
 from elis_gateway.predictor.history import History
+from elis_gateway.tasks import spawn
 from loadtest import arrivals, runner
 from loadtest.client import Client
 from loadtest.engines import EngineFailed
@@ -66,6 +69,8 @@ BURST = "burst"
 AT_ONCE = 10.0
 """Requests per second of a burst."""
 LAG = 0.05
+_LOOK = 1.0
+"""Seconds between two readings of the engine's count of steps."""
 GREEDY = {"temperature": 0}
 
 
@@ -150,12 +155,19 @@ def predictor(known: str, past: Path, folder: Path) -> dict[str, Any]:
     return {"kind": known}
 
 
-async def send(url: str, work: Workload, salt: str) -> Run:
-    async with Client(url) as client:
-        target = HttpTarget(client, MODEL, body={**GREEDY, "cache_salt": salt}, debug=True, gaps=True)
+async def send(engine: capacity_live.Engine, url: str, work: Workload, salt: str) -> tuple[Run, Spent]:
+    async with Client(url) as client, aiohttp.ClientSession() as session:
+        target = HttpTarget(client, MODEL, body={**GREEDY, "cache_salt": salt}, debug=True)
         target.prepare(work.requests)
         target.start = time.perf_counter() + runner.LEAD
-        return await runner.run(work, target, start=target.start, patience=1800)
+        spent = Spent(engine.url, engine.session, start=target.start)
+        watching = spawn(spent.watch(session, _LOOK), name="steps of the engine")
+        try:
+            run = await runner.run(work, target, start=target.start, patience=1800)
+            await asyncio.sleep(2 * _LOOK)  # one more reading, behind the last answer
+        finally:
+            watching.cancel()
+        return run, spent
 
 
 def measure(engine: capacity_live.Engine, work: Workload, order: str, known: str, past: Path) -> dict[str, Any]:
@@ -165,7 +177,9 @@ def measure(engine: capacity_live.Engine, work: Workload, order: str, known: str
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         gate = capacity_live.gateway(folder, "gateway", engine, {}, SETTINGS[order], predictor(known, past, folder))
         url, _ = stack.enter_context(gate)
-        rows = asyncio.run(send(url, work, f"{order} {known} {time.time():.0f}")).rows
+        done, spent = asyncio.run(send(engine, url, work, f"{order} {known} {time.time():.0f}"))
+    rows = done.rows
+    steps = [spent.between(row.intended, row.end)["steps"] for row in rows if row.end is not None]
     jct = [row.jct for row in rows if not row.error]
     if not jct:
         raise click.ClickException(f"{order} {known}: every request failed: {rows[0].error}")
@@ -175,9 +189,9 @@ def measure(engine: capacity_live.Engine, work: Workload, order: str, known: str
         "mean": fmean(jct),
         "p50": median(jct),
         "worst": max(jct),
+        "steps": {"mean": fmean(steps), "p50": median(steps), "worst": max(steps)},
         "ttft": fmean(row.ttft or 0.0 for row in rows if not row.error),
         "wait": fmean(row.wait or 0.0 for row in rows if not row.error),
-        "step": median(gap for row in rows for gap in row.gaps),
         "tokens": sum(row.tokens for row in rows),
         "unequal": sum(row.tokens != row.expected for row in rows),
         "failed": sum(bool(row.error) for row in rows),
@@ -291,7 +305,7 @@ def block(
     if not left or clock.left <= 0:
         return
     # A block that was stopped goes on with the same arrivals.
-    rate = done[0]["capacity"] if done else capacity(engine)
+    rate = done[0]["capacity"] if done else 0.0 if load == BURST else capacity(engine)
     work = draw(asked, question.requests, load, rate, seed)
     for order, known in left if seed % 2 == 0 else left[::-1]:
         if clock.left <= 0:
@@ -334,14 +348,10 @@ def newest(path: Path) -> tuple[Rows, list[dict[str, Any]]]:
 
 
 def against(rows: Rows, load: str, order: str, known: str, figure: str = "mean") -> list[float]:
-    """Ratios to first come on the same workload, by seed; of times counted in the engine's steps, so that a machine
-    that was slower for a run (by a tenth and more here) does not count."""
+    """Ratios to first come on the same workload, by seed, of times counted in the engine's steps."""
     base, ours = rows.get((load, *FIRST), {}), rows.get((load, order, known), {})
-    return [steps(ours[seed], figure) / steps(base[seed], figure) for seed in sorted(base.keys() & ours.keys())]
-
-
-def steps(row: Mapping[str, Any], figure: str) -> float:
-    return float(row[figure] / row["step"])
+    shared = sorted(base.keys() & ours.keys())
+    return [ours[seed]["steps"][figure] / base[seed]["steps"][figure] for seed in shared]
 
 
 def show(path: Path) -> None:
@@ -353,10 +363,11 @@ def show(path: Path) -> None:
         base = rows.get((load, *FIRST), {})
         if not base:
             continue
-        seconds, step = fmean(row["mean"] for row in base.values()), fmean(row["step"] for row in base.values())
-        click.echo(
-            f"\nload {load}, {len(base)} seeds; first come: {seconds:.1f} s in the mean, {seconds / step:.0f} steps\n"
+        seconds, steps = (
+            fmean(row["mean"] for row in base.values()),
+            fmean(row["steps"]["mean"] for row in base.values()),
         )
+        click.echo(f"\nload {load}, {len(base)} seeds; first come: {seconds:.1f} s in the mean, {steps:.0f} steps\n")
         body = [
             [ORDERS[order], *(cell(against(rows, load, order, known)) for known in PREDICTORS),
              *(cell(against(rows, load, order, known, "p50")) for known in PREDICTORS)]
