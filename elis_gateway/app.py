@@ -523,7 +523,8 @@ class Gateway:
             self.fleet.drain(name)
             spawn(self._replace(name), name=f"replace upstream {name}")
         # One that is on its way out comes back when it is gone, as is then wanted.
-        for count, name in enumerate([name for name in wanted if name not in self.fleet.upstreams], start=1):
+        missing = [name for name in wanted if name not in self.fleet.upstreams and name not in self._leaving]
+        for count, name in enumerate(missing, start=1):
             changed = True
             await self.fleet.add(wanted[name])
             if count % _AT_ONCE == 0:

@@ -18,6 +18,7 @@ from elis_gateway.sim.checker import of_stream
 from elis_gateway.sim.faults import Fault
 from elis_gateway.sim.proxy import FaultProxy
 from elis_gateway.tasks import spawn
+from elis_gateway.upstream.http import HttpUpstream
 from tests.gateway.world import CHAT, COMPLETIONS, World, paced, payloads, read_until, until, world
 
 BODY: dict[str, Any] = {"model": "sim", "prompt": "long", "max_tokens": 300, "ignore_eos": True, "stream": True}
@@ -159,6 +160,29 @@ async def test_queue_limits_and_retries_apply_at_once() -> None:
             assert int(response.headers["Retry-After"]) >= 1
         for task in asking:
             await task
+
+
+async def test_an_upstream_wanted_again_while_its_connections_close_comes_back_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Begun twice, one of the two is watched and published for ever, and what the other runs is forgotten."""
+    closed, close = asyncio.Event(), HttpUpstream.close
+
+    async def slowly(self: HttpUpstream) -> None:
+        await closed.wait()
+        await close(self)
+
+    monkeypatch.setattr(HttpUpstream, "close", slowly)
+    async with world() as w:
+        (name,) = names(w)
+        assert (await admin(w, "DELETE", f"/admin/upstreams/{name}"))[0] == 200
+        await until(lambda: not names(w))
+        assert (await admin(w, "POST", "/admin/reload"))[0] == 200
+        await asyncio.sleep(0.05)
+        closed.set()
+        await until(lambda: not w.gateway._leaving and len(w.gateway.fleet.serving("sim")) == 1)
+        await w.check(COMPLETIONS, {**BODY, "max_tokens": 20})
+        assert [task.get_name() for task in asyncio.all_tasks()].count(f"watch {name}") == 1
 
 
 async def test_reloads_do_not_get_in_each_other_s_way() -> None:
