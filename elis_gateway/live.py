@@ -71,6 +71,8 @@ class Live(Observer):
         job = flight.job
         if what is None or job is None or job.outcome is not None:
             return
+        if what == "preempted" and leg.first_token is None and not leg.tokens:
+            return  # called back from the engine's own queue: nobody was interrupted
         if what == "preempted":
             self._preemptions += 1
         else:

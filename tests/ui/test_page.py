@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -87,6 +89,25 @@ async def test_a_preemption_is_told_as_it_happens() -> None:
         assert len(told) == now["totals"]["preemptions"] == 1
         assert told[0]["tokens"] > 20
         long.cancel()
+
+
+async def test_a_call_that_is_called_back_before_it_began_is_no_preemption() -> None:
+    """With one in hand, a better job takes its place in the engine's queue: the page counts as the metrics do."""
+    async with world(paced(600, slots=1), slots=1, predictor={"kind": "max_tokens"}) as w:
+        asked = []
+        for tokens in (600, 1500, 700):
+            asked.append(spawn(w.ask(COMPLETIONS, {**BODY, "max_tokens": tokens, "stream": True}), name="ask"))
+            await until(lambda: len(w.gateway.flights) == len(asked))
+            await until(lambda: any(f.answer.attained > 5 for f in w.gateway.flights.values()))
+        await asyncio.gather(*asked)
+        async with w.session.get(w.admin + "/metrics") as response:
+            page = await response.text()
+        now = await look(w)
+    ended = sum(map(float, re.findall(r'^elis_slices_total\{.*end="preempted".*\} (\S+)$', page, re.MULTILINE)))
+    counted = sum(map(float, re.findall(r"^elis_preemptions_total\{.*\} (\S+)$", page, re.MULTILINE)))
+    assert ended > counted, "one was called back"
+    assert now["totals"]["preemptions"] == counted
+    assert len([event for event in now["events"] if event["what"] == "preempted"]) == counted
 
 
 def test_percentiles_are_only_shown_with_ten_samples_beyond() -> None:
