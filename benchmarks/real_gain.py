@@ -69,8 +69,8 @@ BURST = "burst"
 AT_ONCE = 10.0
 """Requests per second of a burst."""
 LAG = 0.01
-"""What the generator's lag (its 99th percentile) may be of the mean completion time, which counts from the intended time
-all the same: what lags is a little of the order of arrival."""
+"""What the generator's lag (its 99th percentile) may be of the mean completion time, which counts from the intended
+time all the same: what lags is a little of the order of arrival."""
 _LOOK = 1.0
 """Seconds between two readings of the engine's count of steps."""
 GREEDY = {"temperature": 0}
