@@ -144,7 +144,9 @@ class Health(Section):
     up_after: Annotated[int, Field(ge=1)] = 2
     """Good probes in a row that bring it back."""
     break_after: Annotated[int, Field(ge=1)] = 5
-    """Calls in a row that fail (reset, stalled, garbage, 5xx) although probes are fine, before calls are paused."""
+    """Calls in a row that fail (reset, stalled, garbage, 5xx) although probes are fine, before calls are paused. Where
+    all of them were answered with a 5xx, a short request of the gateway's own is asked at once; if that goes well, the
+    failed requests are to blame and nothing is paused."""
     break_for: Annotated[float, Field(gt=0)] = 5.0
     """First such pause. One call then finds out whether it is over; if not, the next is twice as long, up to 60 s."""
     slow_start: Seconds = 5.0

@@ -3,8 +3,9 @@
 Knows: failures in a row, pauses, the one call that finds out, the ramp after it. Never: sockets, timers, what failed.
 
 Closed, everything passes. After several failures in a row it opens: nothing passes for a while, each time for longer.
-Then it is half open: one call at a time, and what becomes of it decides. After a recovery, of this kind or any other,
-slots come back one after the other, so that an engine that has just started is not buried at once.
+Then it is half open: one call at a time, and what becomes of it decides. Where all that failed was answered, with an
+error, the requests themselves may be to blame: a call of our own that goes well acquits it. After a recovery, of this
+kind or any other, slots come back one after the other, so that an engine that has just started is not buried at once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ _LONGEST = 60.0
 class Breaker:
     """``after``: failures in a row that open it; ``pause``: seconds of the first pause; ``ramp``: of a slow start."""
 
-    __slots__ = ("_failures", "_open_until", "_opened", "_pause", "_ramp_since", "after", "pause", "ramp")
+    __slots__ = (
+        "_acquitted_until", "_failures", "_heard", "_open_until", "_opened", "_pause", "_ramp_since", "after", "pause",
+        "ramp",
+    )  # fmt: skip
 
     def __init__(self, after: int, pause: float, ramp: float) -> None:
         self.after = after
@@ -31,11 +35,18 @@ class Breaker:
         self._open_until = 0.0
         self._pause = pause
         self._ramp_since: float | None = None
+        self._heard = False
+        """All that failed in this row was answered."""
+        self._acquitted_until = 0.0
 
-    def failed(self, now: float) -> None:
-        """A call failed in a way that speaks against the upstream. What was sent before it opened counts no more."""
+    def failed(self, now: float, *, answered: bool = False) -> None:
+        """A call failed in a way that speaks against the upstream; ``answered``: it was told so. What was sent before
+        it opened counts no more."""
         if self._opened and now < self._open_until:
             return
+        if answered and now < self._acquitted_until:
+            return
+        self._heard = answered and (self._heard or not self._failures)
         self._failures += 1
         if self._opened or self._failures >= self.after:
             self._open_until = now + self._pause
@@ -55,6 +66,18 @@ class Breaker:
         self._pause = self.pause
         self.begin_slowly(now)
         return True
+
+    @property
+    def doubtful(self) -> bool:
+        """It is open, and that may be the requests' fault."""
+        return self._opened and self._heard
+
+    def acquitted(self, now: float) -> None:
+        """A call of ours went well: nothing was wrong, and for as long as a pause errors say nothing against it."""
+        self._opened = False
+        self._failures = 0
+        self._pause = self.pause
+        self._acquitted_until = now + self.pause
 
     def begin_slowly(self, now: float) -> None:
         """It has come back from wherever it was."""

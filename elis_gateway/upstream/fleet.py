@@ -19,7 +19,7 @@ from elis_gateway.upstream.base import Capabilities
 from elis_gateway.upstream.gauges import Gauges, gauges
 from elis_gateway.upstream.health import Health
 from elis_gateway.upstream.http import HttpUpstream
-from elis_gateway.upstream.probe import LLAMA_CPP, probe
+from elis_gateway.upstream.probe import LLAMA_CPP, generates, probe
 
 __all__ = ["Fleet", "in_place"]
 
@@ -119,6 +119,8 @@ class _Member:
                         "upstream %s: %d engines behind one address; say data_parallel_size: %d, or answers go on "
                         "where their prompt is not cached", self.upstream.id, found.engines, found.engines,
                     )  # fmt: skip
+            if self.health.breaker.doubtful:
+                await self._judge()
             if self.auto is not None:
                 await self._look_at_load(self.auto)
         except UpstreamError as error:
@@ -132,6 +134,14 @@ class _Member:
             self._forget()
         if was_up != self.health.up:
             _log.info("upstream %s is %s", self.upstream.id, "up" if self.health.up else f"down: {self.health.cause}")
+
+    async def _judge(self) -> None:
+        """Its calls were answered with 5xx in a row: is it the engine, or somebody's requests (an image for a model
+        that sees none, say), for which nobody else should have to wait?"""
+        model = min(self.upstream.capabilities.models, default=None)
+        if model is not None and await generates(self.upstream, model):
+            self.health.breaker.acquitted(asyncio.get_running_loop().time())
+            _log.info("upstream %s answers others: what it fails of are the requests", self.upstream.id)
 
     async def _look_at_load(self, auto: AutoSlots) -> None:
         """`slots: auto`: what the engine says of itself, and what follows from it."""

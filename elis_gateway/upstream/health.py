@@ -75,7 +75,7 @@ class Health:
                 pause = _PAUSE if error.retry_after is None else min(error.retry_after, _LONGEST_PAUSE)
                 self._held_until = max(self._held_until, now + pause)
             elif error.status >= 500:
-                self.breaker.failed(now)
+                self.breaker.failed(now, answered=True)
             return
         if not self.up:
             # The rest of what it took with it when it went down says nothing new.

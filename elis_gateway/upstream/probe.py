@@ -19,7 +19,7 @@ from elis_gateway.upstream.http import HttpSession, HttpUpstream
 from elis_gateway.wire.continuation import Call
 from elis_gateway.wire.thoughts import Count, Thinking, between
 
-__all__ = ["LLAMA_CPP", "probe"]
+__all__ = ["LLAMA_CPP", "generates", "probe"]
 
 _log = logging.getLogger("elis_gateway.upstream")
 LLAMA_CPP = "llama.cpp"
@@ -338,6 +338,18 @@ def _shown(answer: Any) -> int | None:
     entry = next(iter(_list(logprobs, "content")), None)
     found = entry.get("id") if isinstance(entry, dict) else None
     return found if isinstance(found, int) else None
+
+
+async def generates(upstream: HttpUpstream, model: str) -> bool:
+    """Does it answer a short request of ours, as a completion or a chat?"""
+    chat = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+    try:
+        return (
+            await _complete(upstream, model, "Hello") is not None
+            or await _ask(upstream, Call(_CHAT, orjson.dumps(chat), False)) is not None
+        )
+    except (UpstreamError, TimeoutError):
+        return False
 
 
 async def _complete(upstream: HttpUpstream, model: str, prompt: str | list[Any], **fields: Any) -> Any:

@@ -182,3 +182,28 @@ async def test_what_came_before_any_upstream_was_known_is_served_as_the_upstream
         await asking
         assert [record.max_tokens for record in w.engine.log][-1] == 200
         assert w.gateway.journal.recent(1)[0]["sliced"] == "no; no_token_ids"
+
+
+PATIENT_BREAKER = {"health": {"break_for": 600.0, "interval": 600.0}}
+
+
+async def _status(w: World, path: str) -> int:
+    async with w.post(path, {**BODIES[path], "max_tokens": 3}) as response:
+        return response.status
+
+
+async def test_requests_that_the_engine_cannot_digest_hold_up_nobody_else() -> None:
+    """One kind of request always ends in a 500, an image for a model that sees none: the others are still answered."""
+    async with world(upstream=PATIENT_BREAKER, scheduler={"queue": {"unavailable_timeout": 600.0}}) as w:
+        w.engine.faults.add(Fault("status", status=500, times=None, path=CHAT))
+        assert {await _status(w, CHAT) for _ in range(8)} == {500}
+        assert await _status(w, COMPLETIONS) == 200
+        assert [upstream["breaker"] for upstream in w.gateway.upstreams()] == ["closed"]
+
+
+async def test_an_engine_that_answers_nobody_is_left_alone() -> None:
+    async with world(upstream=PATIENT_BREAKER, scheduler={"queue": {"unavailable_timeout": 0.05}}) as w:
+        w.engine.faults.add(Fault("status", status=500, times=None))
+        await until(lambda: w.gateway.fleet.serving("sim") is not None)
+        assert [await _status(w, COMPLETIONS) for _ in range(8)][-1] == 503
+        assert [upstream["breaker"] for upstream in w.gateway.upstreams()] == ["open"]

@@ -84,3 +84,26 @@ def test_nothing_is_learned_where_it_is_not_wanted() -> None:
     for _ in range(100):
         patience.heard(0.01, 0.01)
     assert (patience.first_byte(), patience.inter_token()) == (300.0, 60.0)
+
+
+def test_what_was_only_answered_with_errors_can_be_acquitted() -> None:
+    breaker = Breaker(3, 5.0, 4.0)
+    for _ in range(3):
+        breaker.failed(0.0, answered=True)
+    assert (breaker.state(0.1), breaker.doubtful) == ("open", True)
+    breaker.acquitted(0.2)
+    assert (breaker.state(0.2), breaker.allowed(8, 0.2), breaker.doubtful) == ("closed", 8, False)
+    for _ in range(10):
+        breaker.failed(5.1, answered=True)
+    assert breaker.state(5.1) == "closed"
+    for _ in range(3):
+        breaker.failed(5.3, answered=True)
+    assert breaker.state(5.3) == "open"
+
+
+def test_one_that_broke_off_is_not_the_requests_fault() -> None:
+    breaker = Breaker(3, 5.0, 4.0)
+    breaker.failed(0.0, answered=True)
+    breaker.failed(0.0)
+    breaker.failed(0.0, answered=True)
+    assert (breaker.state(0.0), breaker.doubtful) == ("open", False)
