@@ -410,10 +410,10 @@ def picture(rows: Rows, loads: Sequence[str]) -> Path:
         for axes, load in zip(panels, loads, strict=True):
             axes.axhline(1, color=FOREGROUND, lw=1)
             for number, (order, label) in enumerate(ORDERS.items()):
-                for place, x, ratios in _places(rows, load, order, number):
+                for said, (x, ratios) in enumerate(_places(rows, load, order, number)):
                     mean, half = interval(ratios)
                     axes.errorbar([x], [mean], yerr=[half] if len(ratios) > 1 else None, color=SERIES[number],
-                                  marker="o", ms=5, lw=1.5, label=label if place == 0 else None)  # fmt: skip
+                                  marker="o", ms=5, lw=1.5, label=None if said else label)  # fmt: skip
             axes.set_xticks(range(len(PREDICTORS)), [name.replace(" ", "\n") for name in PREDICTORS.values()])
             axes.set_xlim(-0.5, len(PREDICTORS) - 0.5)
             axes.set_title("burst" if load == BURST else f"load {load}")
@@ -424,10 +424,10 @@ def picture(rows: Rows, loads: Sequence[str]) -> Path:
     return PICTURE
 
 
-def _places(rows: Rows, load: str, order: str, number: int) -> Iterator[tuple[int, float, list[float]]]:
+def _places(rows: Rows, load: str, order: str, number: int) -> Iterator[tuple[float, list[float]]]:
     for place, known in enumerate(PREDICTORS):
         if ratios := against(rows, load, order, known):
-            yield place, place + 0.22 * (number - 1), ratios
+            yield place + 0.22 * (number - 1), ratios
 
 
 if __name__ == "__main__":
