@@ -22,8 +22,8 @@ class Breaker:
     """``after``: failures in a row that open it; ``pause``: seconds of the first pause; ``ramp``: of a slow start."""
 
     __slots__ = (
-        "_acquitted_until", "_failures", "_heard", "_open_until", "_opened", "_pause", "_ramp_since", "after", "pause",
-        "ramp",
+        "_acquitted_until", "_failures", "_heard", "_judged", "_open_until", "_opened", "_pause", "_ramp_since",
+        "after", "pause", "ramp",
     )  # fmt: skip
 
     def __init__(self, after: int, pause: float, ramp: float) -> None:
@@ -37,6 +37,8 @@ class Breaker:
         self._ramp_since: float | None = None
         self._heard = False
         """All that failed in this row was answered."""
+        self._judged = False
+        """Since it opened last."""
         self._acquitted_until = 0.0
 
     def failed(self, now: float, *, answered: bool = False) -> None:
@@ -52,6 +54,7 @@ class Breaker:
             self._open_until = now + self._pause
             self._pause = min(self._pause * 2.0, _LONGEST) if self._opened else self.pause * 2.0
             self._opened = True
+            self._judged = False
             self._ramp_since = None
 
     def succeeded(self, now: float, *, begun: bool = False) -> bool:
@@ -69,15 +72,18 @@ class Breaker:
 
     @property
     def doubtful(self) -> bool:
-        """It is open, and that may be the requests' fault."""
-        return self._opened and self._heard
+        """It is open, that may be the requests' fault, and nobody has asked yet."""
+        return self._opened and self._heard and not self._judged
 
-    def acquitted(self, now: float) -> None:
-        """A call of ours went well: nothing was wrong, and for as long as a pause errors say nothing against it."""
-        self._opened = False
-        self._failures = 0
-        self._pause = self.pause
-        self._acquitted_until = now + self.pause
+    def judged(self, now: float, *, well: bool) -> None:
+        """A call of ours was made, once for each time it opens. It went well: nothing was wrong, and for as long as a
+        pause errors say nothing against it."""
+        self._judged = True
+        if well:
+            self._opened = False
+            self._failures = 0
+            self._pause = self.pause
+            self._acquitted_until = now + self.pause
 
     def begin_slowly(self, now: float) -> None:
         """It has come back from wherever it was."""

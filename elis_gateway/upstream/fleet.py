@@ -139,8 +139,9 @@ class _Member:
         """Its calls were answered with 5xx in a row: is it the engine, or somebody's requests (an image for a model
         that sees none, say), for which nobody else should have to wait?"""
         model = min(self.upstream.capabilities.models, default=None)
-        if model is not None and await generates(self.upstream, model):
-            self.health.breaker.acquitted(asyncio.get_running_loop().time())
+        well = model is not None and await generates(self.upstream, model)
+        self.health.breaker.judged(asyncio.get_running_loop().time(), well=well)
+        if well:
             _log.info("upstream %s answers others: what it fails of are the requests", self.upstream.id)
 
     async def _look_at_load(self, auto: AutoSlots) -> None:

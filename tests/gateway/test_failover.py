@@ -203,7 +203,10 @@ async def test_requests_that_the_engine_cannot_digest_hold_up_nobody_else() -> N
 
 async def test_an_engine_that_answers_nobody_is_left_alone() -> None:
     async with world(upstream=PATIENT_BREAKER, scheduler={"queue": {"unavailable_timeout": 0.05}}) as w:
-        w.engine.faults.add(Fault("status", status=500, times=None))
-        await until(lambda: w.gateway.fleet.serving("sim") is not None)
+        refusing = Fault("status", status=500, times=100_000)
+        w.engine.faults.add(refusing)
         assert [await _status(w, COMPLETIONS) for _ in range(8)][-1] == 503
         assert [upstream["breaker"] for upstream in w.gateway.upstreams()] == ["open"]
+        asked, turns = refusing.times, iter(range(300))
+        await until(lambda: next(turns) == 299)
+        assert refusing.times == asked, "it is asked again and again"

@@ -91,7 +91,7 @@ def test_what_was_only_answered_with_errors_can_be_acquitted() -> None:
     for _ in range(3):
         breaker.failed(0.0, answered=True)
     assert (breaker.state(0.1), breaker.doubtful) == ("open", True)
-    breaker.acquitted(0.2)
+    breaker.judged(0.2, well=True)
     assert (breaker.state(0.2), breaker.allowed(8, 0.2), breaker.doubtful) == ("closed", 8, False)
     for _ in range(10):
         breaker.failed(5.1, answered=True)
@@ -107,3 +107,13 @@ def test_one_that_broke_off_is_not_the_requests_fault() -> None:
     breaker.failed(0.0)
     breaker.failed(0.0, answered=True)
     assert (breaker.state(0.0), breaker.doubtful) == ("open", False)
+
+
+def test_it_is_judged_once_for_each_time_it_opens() -> None:
+    breaker = Breaker(3, 5.0, 4.0)
+    for _ in range(3):
+        breaker.failed(0.0, answered=True)
+    breaker.judged(0.1, well=False)
+    assert (breaker.state(0.1), breaker.doubtful) == ("open", False)
+    breaker.failed(5.1, answered=True)
+    assert (breaker.state(5.1), breaker.doubtful) == ("open", True)
