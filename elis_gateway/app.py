@@ -35,7 +35,7 @@ from elis_gateway.handlers import Handlers, describe
 from elis_gateway.intake import Intake
 from elis_gateway.journal import Journal
 from elis_gateway.lag import LagMeter
-from elis_gateway.listener import MALFORMED_IS_NO_BUG, Listener, Request
+from elis_gateway.listener import MALFORMED_IS_NO_BUG, Listener, Request, sign
 from elis_gateway.live import Live
 from elis_gateway.metrics import Metrics
 from elis_gateway.tasks import spawn
@@ -186,9 +186,9 @@ class Gateway:
                 await self.fleet.start()
             server, admin = self.config.server, self.config.admin
             await self._listen(web.ServerRunner(self._public(), shutdown_timeout=_FLUSH), server)
-            runner = web.AppRunner(
-                make_admin_app(self), access_log=None, logger=MALFORMED_IS_NO_BUG, shutdown_timeout=_FLUSH
-            )
+            admin_app = make_admin_app(self)
+            admin_app.on_response_prepare.append(sign)
+            runner = web.AppRunner(admin_app, access_log=None, logger=MALFORMED_IS_NO_BUG, shutdown_timeout=_FLUSH)
             await self._listen(runner, admin)
             self._lag.start()
             self._saver = spawn(self._save_regularly(), name="save what was learned")

@@ -28,6 +28,7 @@ from elis_gateway.upstream.base import Capabilities
 from elis_gateway.upstream.http import HttpUpstream
 from elis_gateway.upstream.probe import LLAMA_CPP, probe
 from elis_gateway.wire.continuation import Call
+from elis_gateway.wire.loose import document, entries, fields, first, objects
 from elis_gateway.wire.sse import DONE
 
 __all__ = ["Findings", "Load", "examine", "examine_all", "load_of", "report", "snippet"]
@@ -204,10 +205,10 @@ class _Streamed:
     usage: dict[str, Any] = field(default_factory=dict)
 
 
-def _asked(found: Findings, prompt: str, **fields: Any) -> dict[str, Any]:
+def _asked(found: Findings, prompt: str, **more: Any) -> dict[str, Any]:
     """A request in the shape of the route by which the engine is asked."""
     text = {"prompt": prompt} if found.route == _COMPLETIONS else {"messages": [{"role": "user", "content": prompt}]}
-    return {"model": found.model, **text, **fields}
+    return {"model": found.model, **text, **more}
 
 
 def _garbage(upstream: HttpUpstream) -> UpstreamUnavailable:
@@ -216,22 +217,10 @@ def _garbage(upstream: HttpUpstream) -> UpstreamUnavailable:
 
 def _document(upstream: HttpUpstream, data: bytes) -> dict[str, Any]:
     """A JSON object. Raises ``UpstreamUnavailable``: whatever listens there may say anything."""
-    try:
-        found = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        raise _garbage(upstream) from None
+    found = document(data)
     if not isinstance(found, dict):
         raise _garbage(upstream)
     return found
-
-
-def _choices(document: dict[str, Any]) -> list[dict[str, Any]]:
-    choices = document.get("choices")
-    return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 async def _stream(upstream: HttpUpstream, body: dict[str, Any], into: _Streamed, route: str = _COMPLETIONS) -> None:
@@ -244,10 +233,10 @@ async def _stream(upstream: HttpUpstream, body: dict[str, Any], into: _Streamed,
                 if payload == DONE:
                     continue
                 chunk = _document(upstream, payload)
-                into.usage = _dict(chunk.get("usage")) or into.usage
-                for choice in _choices(chunk):
+                into.usage = fields(chunk, "usage") or into.usage
+                for choice in objects(chunk, "choices"):
                     ids = choice.get("token_ids") or []
-                    delta = _dict(choice.get("delta"))
+                    delta = fields(choice, "delta")
                     if ids or choice.get("text") or any(delta.get(name) for name in _SAID):
                         into.tokens += max(len(ids), 1)
                         into.ids += ids
@@ -412,8 +401,8 @@ async def _cached(upstream: HttpUpstream, body: dict[str, Any], route: str) -> f
     """The share of a prompt that was cached; None: it does not say."""
     call = Call(route, orjson.dumps(body), False)
     async with asyncio.timeout(_PATIENCE), upstream.open(call, request_id="doctor") as session:
-        usage = _dict(_document(upstream, await session.whole()).get("usage"))
-    cached = _dict(usage.get("prompt_tokens_details")).get("cached_tokens")
+        usage = fields(_document(upstream, await session.whole()), "usage")
+    cached = fields(usage, "prompt_tokens_details").get("cached_tokens")
     return None if cached is None else cached / max(usage.get("prompt_tokens") or 1, 1)
 
 
@@ -422,12 +411,11 @@ async def _tokenized(upstream: HttpUpstream, model: str | None, prompt: str) -> 
     body = {"model": model, "prompt": prompt, "max_tokens": 1, "return_token_ids": True}
     async with upstream.open(Call(_COMPLETIONS, orjson.dumps(body), False), request_id="doctor") as session:
         answer = _document(upstream, await session.whole())
-    (choice,) = _choices(answer)[:1] or [{}]
-    return list(choice.get("prompt_token_ids") or answer.get("prompt_token_ids") or [])
+    return entries(first(answer, "choices"), "prompt_token_ids") or entries(answer, "prompt_token_ids")
 
 
 def _note_cache(part: _Streamed, found: Findings) -> None:
-    details = _dict(part.usage.get("prompt_tokens_details"))
+    details = fields(part.usage, "prompt_tokens_details")
     if details.get("cached_tokens"):
         found.cache = (
             f"yes: {details['cached_tokens']} of {part.usage.get('prompt_tokens')} prompt tokens of a continuation"
@@ -459,9 +447,9 @@ async def _parsers(upstream: HttpUpstream, found: Findings) -> bool:
 async def _chat(upstream: HttpUpstream, body: dict[str, Any]) -> dict[str, Any]:
     call = Call(_CHAT, orjson.dumps(body), False)
     async with asyncio.timeout(_PATIENCE), upstream.open(call, request_id="doctor") as session:
-        choices = _choices(_document(upstream, await session.whole()))
-    message = choices[0].get("message") if choices else None
-    if not isinstance(message, dict):
+        answer = _document(upstream, await session.whole())
+    message = fields(first(answer, "choices"), "message")
+    if not message:
         raise _garbage(upstream)
     return message
 

@@ -99,7 +99,9 @@ class Handlers:
             ("POST", Route.MESSAGES.value): self._messages,
             ("GET", "/v1/models"): self._models,
             ("GET", "/health"): self._health,
+            ("HEAD", "/health"): self._health,
             ("GET", "/ready"): self._ready,
+            ("HEAD", "/ready"): self._ready,
             ("GET", "/openapi.yaml"): self._openapi,
         }
 

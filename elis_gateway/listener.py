@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from aiohttp import web, web_protocol
+from aiohttp.http import SERVER_SOFTWARE
 from aiohttp.http_exceptions import HttpProcessingError
 
 from elis_gateway.errors import ClientError, GatewayError
 from elis_gateway.wire.problems import problem
 
-__all__ = ["MALFORMED_IS_NO_BUG", "Listener", "Request"]
+__all__ = ["MALFORMED_IS_NO_BUG", "Listener", "Request", "sign"]
 
 _log = logging.getLogger("elis_gateway.listener")
 MALFORMED_IS_NO_BUG = logging.getLogger("elis_gateway.listener.aiohttp")
@@ -24,6 +25,15 @@ MALFORMED_IS_NO_BUG = logging.getLogger("elis_gateway.listener.aiohttp")
 MALFORMED_IS_NO_BUG.addFilter(
     lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 )
+
+
+async def sign(request: web.BaseRequest, response: web.StreamResponse) -> None:
+    """Say our name where aiohttp would say its own and Python's, with the versions of both.
+
+    What a relayed answer says of its engine stays.
+    """
+    if response.headers.get("Server") == SERVER_SOFTWARE:
+        response.headers["Server"] = "elis-gateway"
 
 
 class Request(web.BaseRequest):
@@ -34,6 +44,10 @@ class Request(web.BaseRequest):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.beside: Mapping[str, str] = {}
+
+    async def _prepare_hook(self, response: web.StreamResponse) -> None:
+        """Called when a response's headers are complete: for a server without an application there is no signal."""
+        await sign(self, response)
 
 
 class Listener(web.Server):

@@ -17,7 +17,7 @@ import yaml
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-METHODS = ("get", "put", "post", "delete", "patch", "options", "trace")
+METHODS = ("get", "head", "put", "post", "delete", "patch", "options", "trace")
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=20),

@@ -14,8 +14,10 @@ import asyncio
 import os
 import socket
 import ssl
+import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from datetime import UTC
+from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Self
 from weakref import WeakValueDictionary
@@ -474,14 +476,22 @@ def foreign_refusal(name: str, status: int) -> UpstreamUnavailable:
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header; the form with a date is not used by engines and counts as absent."""
+    """Seconds of a Retry-After header, in either of its forms (RFC 9110, 10.2.3); a date that has passed is 0.
+
+    None: absent, unreadable, or more than a day.
+    """
     if value is None:
         return None
-    with suppress(ValueError):
+    try:
         seconds = float(value)
-        if 0 <= seconds < 86_400:
-            return seconds
-    return None
+    except ValueError:
+        try:
+            date = parsedate_to_datetime(value)
+        except ValueError:
+            return None
+        # Without a zone it is UTC, as every date of HTTP.
+        seconds = max((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - time.time(), 0.0)
+    return seconds if 0 <= seconds < 86_400 else None
 
 
 def _watched_socket(address: aiohttp.AddrInfoType) -> socket.socket:

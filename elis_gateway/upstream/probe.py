@@ -17,6 +17,7 @@ from elis_gateway.upstream.base import Capabilities
 from elis_gateway.upstream.gauges import engines_behind, most_at_once
 from elis_gateway.upstream.http import HttpSession, HttpUpstream
 from elis_gateway.wire.continuation import Call
+from elis_gateway.wire.loose import document, entries, fields, first, objects
 from elis_gateway.wire.thoughts import Count, Thinking, between
 
 __all__ = ["LLAMA_CPP", "generates", "probe"]
@@ -103,11 +104,11 @@ async def _listed(upstream: HttpUpstream) -> dict[str, int | None]:
 def _models(body: bytes) -> dict[str, int | None]:
     """Names, and context lengths where the engine says so (vLLM: max_model_len; llama.cpp: meta.n_ctx)."""
     found: dict[str, int | None] = {}
-    for entry in _list(_json(body), "data"):
-        if isinstance(entry, dict) and isinstance(name := entry.get("id"), str):
+    for entry in objects(document(body), "data"):
+        if isinstance(name := entry.get("id"), str):
             length = entry.get("max_model_len")
-            if length is None and isinstance(meta := entry.get("meta"), dict):
-                length = meta.get("n_ctx")
+            if length is None:
+                length = fields(entry, "meta").get("n_ctx")
             found[name] = length if isinstance(length, int) and length > 0 else None
     return found
 
@@ -248,12 +249,12 @@ async def _forced(upstream: HttpUpstream, model: str, prompt: list[int], tokens:
     body = _forcing(model, prompt, tokens) | {"stream": True, "stream_options": options}
     seen = _Forced([], [], [], "", "")
     for chunk in await _chunks(upstream, body):
-        for choice in _list(chunk, "choices"):
+        for choice in objects(chunk, "choices"):
             ids = choice.get("token_ids") or []
             if len(ids) == 1:
                 seen.tokens.append(ids[0])
                 seen.counts.append(_reasoning_tokens(chunk))
-                seen.texts.append((choice.get("delta") or {}).get("reasoning") or "")
+                seen.texts.append(fields(choice, "delta").get("reasoning") or "")
             elif ids:
                 return None
     return seen if seen.tokens[: len(tokens)] == tokens else None
@@ -261,19 +262,16 @@ async def _forced(upstream: HttpUpstream, model: str, prompt: list[int], tokens:
 
 async def _forced_document(upstream: HttpUpstream, model: str, prompt: list[int], tokens: list[int]) -> _Forced | None:
     answer = await _ask(upstream, Call(_CHAT, orjson.dumps(_forcing(model, prompt, tokens)), False))
-    choice = next(iter(_list(answer, "choices")), None)
-    message = choice.get("message") if isinstance(choice, dict) else None
-    said = _list(choice, "token_ids")
-    if not isinstance(message, dict) or said[: len(tokens)] != tokens:
+    choice = first(answer, "choices")
+    message, said = fields(choice, "message"), entries(choice, "token_ids")
+    if not message or said[: len(tokens)] != tokens:
         return None
     thoughts, content = message.get("reasoning") or "", message.get("content") or ""
     return _Forced(said, [_reasoning_tokens(answer)], [], thoughts, content)
 
 
 def _reasoning_tokens(answer: Any) -> int:
-    usage = answer.get("usage") if isinstance(answer, dict) else None
-    details = usage.get("completion_tokens_details") if isinstance(usage, dict) else None
-    count = details.get("reasoning_tokens") if isinstance(details, dict) else None
+    count = fields(fields(answer, "usage"), "completion_tokens_details").get("reasoning_tokens")
     return count if isinstance(count, int) else -1
 
 
@@ -285,16 +283,14 @@ async def _grammar_waits(upstream: HttpUpstream, model: str, inside: list[int]) 
         "kv_transfer_params": {"prompt_token_ids": inside},
     }  # fmt: skip
     answer = await _ask(upstream, Call(_CHAT, orjson.dumps(body), False))
-    choice = next(iter(_list(answer, "choices")), None)
-    message = choice.get("message") if isinstance(choice, dict) else None
-    said = (message.get("reasoning") or "") if isinstance(message, dict) else ""
+    said = fields(first(answer, "choices"), "message").get("reasoning") or ""
     return bool(said) and not said.strip().startswith("z")
 
 
 async def _tokens(upstream: HttpUpstream, model: str, text: str) -> list[int]:
     body = {"model": model, "prompt": text, "add_special_tokens": False}
     async with asyncio.timeout(_PATIENCE), upstream.open(_tokenize(body), request_id="probe") as session:
-        return _list(_json(await session.whole()), "tokens")
+        return entries(document(await session.whole()), "tokens")
 
 
 def _tokenize(body: dict[str, Any]) -> Call:
@@ -309,8 +305,8 @@ async def _fields(upstream: HttpUpstream, model: str, prompt: list[int]) -> set[
     }  # fmt: skip
     seen: set[str] = set()
     for chunk in await _chunks(upstream, body):
-        for choice in _list(chunk, "choices"):
-            seen |= {name for name in ("reasoning", "content") if (choice.get("delta") or {}).get(name)}
+        for choice in objects(chunk, "choices"):
+            seen |= {name for name in ("reasoning", "content") if fields(choice, "delta").get(name)}
     return seen
 
 
@@ -322,7 +318,7 @@ async def _chunks(upstream: HttpUpstream, body: dict[str, Any]) -> list[Any]:
         upstream.open(Call(_CHAT, orjson.dumps(body), True), request_id="probe") as session,
     ):
         async for payloads in session:
-            found += [_json(payload) for payload in payloads]
+            found += [document(payload) for payload in payloads]
     return found
 
 
@@ -333,10 +329,7 @@ async def _shows_ids(upstream: HttpUpstream, model: str) -> bool:
 
 
 def _shown(answer: Any) -> int | None:
-    choice = next(iter(_list(answer, "choices")), None)
-    logprobs = choice.get("logprobs") if isinstance(choice, dict) else None
-    entry = next(iter(_list(logprobs, "content")), None)
-    found = entry.get("id") if isinstance(entry, dict) else None
+    found = first(fields(first(answer, "choices"), "logprobs"), "content").get("id")
     return found if isinstance(found, int) else None
 
 
@@ -352,34 +345,30 @@ async def generates(upstream: HttpUpstream, model: str) -> bool:
         return False
 
 
-async def _complete(upstream: HttpUpstream, model: str, prompt: str | list[Any], **fields: Any) -> Any:
-    body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0, **fields}
+async def _complete(upstream: HttpUpstream, model: str, prompt: str | list[Any], **more: Any) -> Any:
+    body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0, **more}
     return await _ask(upstream, _call(body, stream=False))
 
 
 async def _ask(upstream: HttpUpstream, call: Call) -> Any:
     try:
         async with asyncio.timeout(_PATIENCE), upstream.open(call, request_id="probe") as session:
-            answer = _json(await session.whole())
+            answer = document(await session.whole())
     except UpstreamError as error:
         if error.retryable:
             raise
         _log.debug("upstream %s: probe for token ids: %s", upstream.id, error)
         return None
-    if not _list(answer, "choices"):
+    if not entries(answer, "choices"):
         # Not an answer without ids but no answer: taken for a no, one bad moment would unslice a model for long.
         raise UpstreamUnavailable(f"{upstream.id}: the probe's answer cannot be read", cause="garbage")
     return answer
 
 
 def _ids(answer: Any) -> tuple[list[int], list[int]]:
-    choice = next(iter(_list(answer, "choices")), None)
-    if not isinstance(choice, dict):
-        return [], []
-    prompt, tokens = choice.get("prompt_token_ids"), choice.get("token_ids")
-    if not isinstance(prompt, list) or not isinstance(tokens, list):
-        return [], []
-    return prompt, tokens
+    choice = first(answer, "choices")
+    prompt, tokens = entries(choice, "prompt_token_ids"), entries(choice, "token_ids")
+    return (prompt, tokens) if prompt and tokens else ([], [])
 
 
 async def _orders(upstream: HttpUpstream, model: str, slots: int) -> bool:
@@ -449,15 +438,3 @@ async def _first_token(session: HttpSession) -> None:
 
 def _call(body: dict[str, Any], *, stream: bool) -> Call:
     return Call(_COMPLETIONS, orjson.dumps(body), stream)
-
-
-def _json(body: bytes) -> Any:
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return None
-
-
-def _list(value: Any, key: str) -> list[Any]:
-    found = value.get(key) if isinstance(value, dict) else None
-    return found if isinstance(found, list) else []

@@ -7,7 +7,7 @@ the body. Never: queues, slots. A relayed call holds no slot: embeddings and the
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Container, Mapping
 
 import aiohttp
 import orjson
@@ -75,15 +75,18 @@ class Relay:
         if may_use is not None and model is None:
             raise Forbidden("this key is for certain models only, and the request does not name one")
         streamed = body is None and request.can_read_body
-        upstreams = self._candidates(model)
-        for last, upstream in zip(range(len(upstreams) - 1, -1, -1), upstreams, strict=True):
+        tried: set[str] = set()
+        upstream = self._first(model)
+        while True:
             try:
                 return await self._through(upstream, request, body, streamed=streamed)
             except UpstreamError as error:
                 upstream.failed(error)
-                if not last or streamed or not error.retryable:
+                tried.add(upstream.id)
+                another = self._least_busy(model, tried)
+                if another is None or streamed or not error.retryable:
                     raise
-        raise AssertionError("unreachable: there is at least one candidate")
+                upstream = another
 
     async def idle(self, upstream_id: str) -> None:
         """Wait until nothing is passed through this upstream. It should be draining, or this may take for ever."""
@@ -117,13 +120,17 @@ class Relay:
                 raise ClientError("The request body is nested too deeply.", code="invalid_json") from error
         return body, model
 
-    def _candidates(self, model: str | None) -> list[HttpUpstream]:
+    def _first(self, model: str | None) -> HttpUpstream:
         if model is not None and not self._fleet.knows(model):
             raise ModelNotFound(model)
-        upstreams = self._fleet.serving(model)
-        if not upstreams:
+        if (found := self._least_busy(model)) is None:
             raise Overloaded("no upstream is healthy", cause="unavailable", retry_after=_RETRY_AFTER)
-        return sorted(upstreams, key=lambda u: self._in_flight.get(u.id, 0))
+        return found
+
+    def _least_busy(self, model: str | None, but: Container[str] = ()) -> HttpUpstream | None:
+        """Of those that serve now: one may have come or gone since another was asked."""
+        able = [upstream for upstream in self._fleet.serving(model) if upstream.id not in but]
+        return min(able, key=lambda upstream: self._in_flight.get(upstream.id, 0), default=None)
 
     async def _through(
         self, upstream: HttpUpstream, request: web.BaseRequest, body: bytes | None, *, streamed: bool

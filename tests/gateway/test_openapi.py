@@ -114,7 +114,8 @@ async def test_a_method_that_is_not_described_is_refused(admin: bool) -> None:
         for path, item in description.document["paths"].items():
             if path == "/v1/{path}":
                 continue
-            for method in set(METHODS) - set(item) - {"trace"}:
+            implied = {"head"} if admin and "get" in item else set()  # aiohttp's router serves it with every GET
+            for method in set(METHODS) - set(item) - {"trace"} - implied:
                 url = (w.admin if admin else w.url) + re.sub(r"\{.*?\}", "x", path)
                 async with w.session.request(method, url) as response:
                     assert response.status in (404, 405), (method, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,8 +14,9 @@ from multidict import CIMultiDict
 
 from elis_gateway.app import Gateway
 from elis_gateway.config import Server, from_mapping
+from elis_gateway.tasks import spawn
 from tests.gateway.test_listener import raw
-from tests.gateway.world import begin
+from tests.gateway.world import begin, until
 
 
 class Engine:
@@ -26,6 +28,8 @@ class Engine:
         self.path = ""
         self.bodies: list[bytes] = []
         self.extra: dict[str, str] = {}
+        self.fails_after: asyncio.Event | None = None
+        """It cuts the connection in place of an answer, once this is set."""
         self._runner: web.AppRunner | None = None
 
     async def start(self) -> str:
@@ -52,6 +56,10 @@ class Engine:
         self.headers = request.headers.copy()
         self.path = request.path_qs
         self.bodies.append(b"")
+        if self.fails_after is not None:
+            await self.fails_after.wait()
+            assert request.transport is not None
+            request.transport.abort()
         response = web.StreamResponse(status=201, headers={"X-Engine": self.model, "Keep-Alive": "5", **self.extra})
         await response.prepare(request)
         async for piece in request.content.iter_any():
@@ -62,6 +70,12 @@ class Engine:
 
 @asynccontextmanager
 async def behind(*models: str, **sections: Any) -> AsyncIterator[tuple[str, list[Engine], ClientSession]]:
+    async with before(*models, **sections) as (gateway, engines), ClientSession() as session:
+        yield f"http://127.0.0.1:{gateway.port}", engines, session
+
+
+@asynccontextmanager
+async def before(*models: str, **sections: Any) -> AsyncIterator[tuple[Gateway, list[Engine]]]:
     engines = [Engine(model) for model in models]
     urls = [await engine.start() for engine in engines]
     settings = {
@@ -72,8 +86,7 @@ async def behind(*models: str, **sections: Any) -> AsyncIterator[tuple[str, list
     }
     gateway = Gateway(from_mapping(settings))
     await begin(gateway)
-    async with ClientSession() as session:
-        yield f"http://127.0.0.1:{gateway.port}", engines, session
+    yield gateway, engines
     await gateway.stop(0.0)
     for engine in engines:
         await engine.stop()
@@ -166,6 +179,23 @@ async def test_with_no_upstream_left_the_answer_is_503() -> None:
             assert response.status == 503
             assert response.headers["Retry-After"]
         await engine.start()
+
+
+async def test_what_is_asked_again_is_asked_of_those_who_are_there_then() -> None:
+    """The second of two engines is removed while the first one, which will break off, has the request."""
+    async with before("a", "a") as (gateway, engines), ClientSession() as session:
+        breaks = asyncio.Event()
+        for engine in engines:
+            engine.fails_after = breaks
+        asking = spawn(session.get(f"http://127.0.0.1:{gateway.port}/v1/thing"), name="asking")
+        await until(lambda: any(engine.path == "/v1/thing" for engine in engines))
+        (name,) = (u["id"] for u, e in zip(gateway.upstreams(), engines, strict=True) if e.path != "/v1/thing")
+        await gateway.remove_upstream(name)
+        await until(lambda: len(gateway.upstreams()) == 1)
+        breaks.set()
+        response = await asking
+        assert response.status == 502
+        assert [engine.path for engine in engines].count("/v1/thing") == 1
 
 
 async def test_a_compressed_body_arrives_unpacked_and_says_so() -> None:

@@ -9,6 +9,7 @@ import orjson
 import pytest
 from yarl import URL
 
+from tests.gateway.test_listener import raw
 from tests.gateway.world import CHAT, COMPLETIONS, paced, payloads, read_until, until, world
 
 BODIES: dict[str, dict[str, Any]] = {
@@ -153,6 +154,12 @@ async def test_health_ready_and_unknown_paths() -> None:
         for path, status in (("/health", 200), ("/ready", 200), ("/nothing", 404), ("/metrics", 404)):
             async with w.session.get(w.url + path) as response:
                 assert response.status == status, path
+                assert response.headers["Server"] == "elis-gateway", "no versions of Python and its libraries"
+        async with w.session.head(w.url + "/health") as response:
+            assert (response.status, await response.read()) == (200, b""), "some load balancers ask so"
+        assert (await raw(w.gateway.port, b"nonsense\r\n\r\n")).count(b"Server: elis-gateway\r\n") == 1
+        async with w.session.get(f"http://127.0.0.1:{w.gateway.admin_port}/metrics") as response:
+            assert response.headers["Server"] == "elis-gateway"
         await w.engine.kill()
         await until(lambda: not w.gateway.fleet.models)
         async with w.session.get(w.url + "/ready") as response:

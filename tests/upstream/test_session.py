@@ -8,6 +8,8 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ from elis_gateway.sim.faults import Fault
 from elis_gateway.sim.server import SimServer
 from elis_gateway.tasks import spawn
 from elis_gateway.upstream.base import Upstream
-from elis_gateway.upstream.http import HttpUpstream
+from elis_gateway.upstream.http import HttpUpstream, retry_after
 from elis_gateway.wire.continuation import Call
 from elis_gateway.wire.sse import DONE
 from tests.gateway.world import AT_ONCE, paced, until
@@ -231,6 +233,26 @@ def test_standing_still_ourselves_is_no_silence_of_the_upstream_s(at: float, sta
             await upstream.close()
 
     run_local(story())
+
+
+@pytest.mark.parametrize(
+    ("said", "least", "most"),
+    [
+        ("7", 7.0, 7.0),
+        ("0.5", 0.5, 0.5),
+        (format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True), 3000.0, 3600.0),
+        (format_datetime(datetime.now(UTC) - timedelta(hours=1), usegmt=True), 0.0, 0.0),
+    ],
+)
+def test_an_upstream_may_say_in_seconds_or_by_a_date_when_to_come_back(said: str, least: float, most: float) -> None:
+    wait = retry_after(said)
+    assert wait is not None
+    assert least <= wait <= most
+
+
+@pytest.mark.parametrize("said", [None, "", "soon", "-1", "nan", "inf", "1e9", "Mon, 99 Nov 2026 00:00:00 GMT"])
+def test_what_says_nothing_of_when_to_come_back_is_as_if_it_were_not_there(said: str | None) -> None:
+    assert retry_after(said) is None
 
 
 async def test_a_slow_drip_is_one_stream() -> None:
