@@ -118,7 +118,8 @@ async def jumped(name: str, workload: Workload, model: EngineModel) -> dict[str,
         stack.push_async_callback(gateway.stop, 0.0)
         engine = LiveEngine(served.url, "sim", SLOTS, "embedded")
         connections = aiohttp.TCPConnector(limit=0)
-        session = await stack.enter_async_context(aiohttp.ClientSession(connector=connections))
+        patient = aiohttp.ClientTimeout(total=None)  # seconds that jump: the default is over in no time
+        session = await stack.enter_async_context(aiohttp.ClientSession(connector=connections, timeout=patient))
         target = Forced(engine, f"http://127.0.0.1:{gateway.port}", session, start=0.0, mark=name)
 
         async def one(request: Request) -> float:

@@ -148,9 +148,10 @@ def _simulated(cell: Cell, seed: int) -> tuple[list[Record], dict[str, float]]:
     jobs = _jobs(cell.work, cell.load, slots, cell.seam, cell.arrivals, cell.pace, cell.rate, seed)
     model = EngineModel(cell.slots, ((1, RATE * cell.pace),), seam_tokens=cell.seam, orders=cell.overcommit > 0)
     known = predictor(cell.knows, jobs, seed)
+    core, in_hand = scheduler(cell.setting)
     result = simulate(
-        jobs, scheduler(cell.setting), {f"e{n}": Engine(model) for n in range(cell.workers)}, known,
-        delay=cell.delay, overcommit=cell.overcommit, latency=cell.latency,
+        jobs, core, {f"e{n}": Engine(model) for n in range(cell.workers)}, known,
+        delay=cell.delay, overcommit=cell.overcommit or in_hand, latency=cell.latency,
     )  # fmt: skip
     more = {name: float(value) for name, value in getattr(known, "told", dict)().items()}
     more["end"] = result.end

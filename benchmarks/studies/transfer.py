@@ -176,7 +176,8 @@ def completion(work: Sequence[tuple[SimJob, int]], setting: str, tables: Sequenc
         else Said({job.id: tables[i] for job, i in work})
     )
     engine = Engine(EngineModel(SLOTS, ((1, RATE),), seam_tokens=SEAM))
-    result = simulate(asked, scheduler(setting), {"engine": engine}, known)
+    core, in_hand = scheduler(setting)
+    result = simulate(asked, core, {"engine": engine}, known, overcommit=in_hand)
     return fmean(record.jct for record in result.records[DROPPED:])
 
 
