@@ -16,13 +16,13 @@ from operator import itemgetter
 
 from elis_gateway.core.job import Job
 
-__all__ = ["Head", "ReadyQueue"]
+__all__ = ["END", "Head", "ReadyQueue"]
 
 Head = tuple[int, int, float, int, Job]
 """A waiting job, comparable within and between queues: class, overdue (0) before not (1), due time or key, age of
 entry, job. A plain tuple: a named one costs three times as much to make and to read."""
 
-_END = (inf,)
+END = (inf,)
 """Every head comes before it."""
 
 
@@ -75,7 +75,7 @@ class ReadyQueue:
                 return due[0]
         return first
 
-    def best(self, count: int, now: float, bound: tuple[float, ...] = _END) -> list[Head]:
+    def best(self, count: int, now: float, bound: tuple[float, ...] = END) -> list[Head]:
         """The ``count`` jobs that should run next, in order, without taking them; only those that come before
         ``bound`` (rank, late, key). O(count log count), O(1) where few do."""
         if self.head(now) is None:

@@ -351,8 +351,6 @@ class Scheduler:
         self._finish(job, outcome, cause, now)
         if held is not None:
             self._slots.fill(held, now)
-        if job.avoid is not None:
-            self._slots.fill_elsewhere(job, now)
 
     def _finish(self, job: Job, outcome: Outcome, cause: str, now: float) -> None:
         in_flight = job.state is _RUNNING and job.slice is not None

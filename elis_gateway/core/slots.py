@@ -135,7 +135,6 @@ class Slots:
         queue = self._room.queue_of(job)
         queue.discard(job)
         self._push(job, queue, now)
-        self.fill_elsewhere(job, now)
         if job.state is not _READY:
             return
         if self.elastic and (found := self._room.yields_to(job, job.pool, now)):
@@ -160,7 +159,7 @@ class Slots:
         """Give every free slot of ``upstream`` to the best job that may run there."""
         room = self._room
         while upstream.takes:
-            head = room.best_for(upstream, now) or room.stray_for(upstream, self.fixed_window, now)
+            head = room.next_for(upstream, now) or room.stray_for(upstream, self.fixed_window, now)
             if head is None:
                 if not upstream.full and (sent := room.queued_elsewhere(upstream)) is not None:
                     self._make_yield([sent])
@@ -170,8 +169,6 @@ class Slots:
                 return
             room.queue_of(job).discard(job)
             self._start(job, upstream, now, best if late else self.policy.key(job, job.pool, now))
-            if job.avoid is not None:
-                self.fill_elsewhere(job, now)
 
     def called_back(self, running: Running, now: float) -> None:
         """A call came back from an engine's queue without having begun: its job is back in line, and idle slots
@@ -184,12 +181,6 @@ class Slots:
         self._wait(job, now)
         for upstream in job.pool.upstreams:
             if not upstream.full:
-                self.fill(upstream, now)
-
-    def fill_elsewhere(self, job: Job, now: float) -> None:
-        """``job`` is no longer next in line where it had just failed: a slot left free there is another's now."""
-        for upstream in job.pool.upstreams:
-            if upstream.free > 0:
                 self.fill(upstream, now)
 
     def _start(self, job: Job, upstream: Upstream, now: float, key: float) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from elis_gateway.core.job import Job
 from elis_gateway.core.placement import Pool, Running, Upstream
 from elis_gateway.core.policy import FCFS, Policy, remaining_tokens
-from elis_gateway.core.ready import Head, ReadyQueue
+from elis_gateway.core.ready import END, Head, ReadyQueue
 
 __all__ = ["WaitingRoom"]
 
@@ -144,13 +144,33 @@ class WaitingRoom:
                     best = head
         return best
 
+    def next_for(self, upstream: Upstream, now: float) -> Head | None:
+        """The same, past those whom ``upstream`` has just failed: the others need not wait because of them."""
+        head = self.best_for(upstream, now)
+        if head is None or head[4].avoid is None or not self.shuns(head[4], upstream):
+            return head
+        count = 1
+        while True:
+            count *= 4
+            heads = self._best(count, upstream, now)
+            for head in heads:
+                if not self.shuns(head[4], upstream):
+                    return head
+            if len(heads) < count:
+                return None
+
     def nth_for(self, upstream: Upstream, n: int, now: float, bound: tuple[float, ...]) -> Head | None:
         """The job that should have the ``n``-th next slot of ``upstream``, if it comes before ``bound``."""
-        heads = upstream.queue.best(n, now, bound)
+        heads = self._best(n, upstream, now, bound)
+        return heads[n - 1] if len(heads) == n else None
+
+    @staticmethod
+    def _best(count: int, upstream: Upstream, now: float, bound: tuple[float, ...] = END) -> list[Head]:
+        heads = upstream.queue.best(count, now, bound)
         for pool in upstream.pools:
-            heads += pool.queue.best(n, now, bound)
+            heads += pool.queue.best(count, now, bound)
         heads.sort()
-        return heads[n - 1] if len(heads) >= n else None
+        return heads[:count]
 
     def stray_for(self, upstream: Upstream, window: int | None, now: float) -> Head | None:
         """Nothing waits here: a job that waits for its warm home elsewhere, where moving it pays."""
@@ -204,7 +224,7 @@ class WaitingRoom:
             queued = upstream.queued_calls()
             if queued:
                 return self._yields_queued(upstream, queued, now)
-        if upstream.free > 0 or (head := self.best_for(upstream, now)) is None:
+        if upstream.free > 0 or (head := self.next_for(upstream, now)) is None:
             return ()
         victim = upstream.victim(now)
         if victim is None or (head[1] and not self._is_ahead(head, victim)):
@@ -221,7 +241,7 @@ class WaitingRoom:
     def _yields_queued(self, upstream: Upstream, queued: list[Running], now: float) -> list[Running]:
         """The engine keeps a queue: first the right calls must be in it, then the best of them may need a slot."""
         found: list[Running] = []
-        head = self.best_for(upstream, now)
+        head = self.next_for(upstream, now)
         if head is not None and upstream.free <= 0:
             others = [r for r in queued if r.job.spec.sliceable and not self._is_overdue_beside(r.job, head, now)]
             worst = max(others, key=lambda r: (r.job.spec.rank, r.key), default=None)

@@ -244,8 +244,8 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def work_conserving(self):
-        """A free slot and a job that could use it never meet; slots held for an estimate are not free, a job that an
-        upstream just failed is left for the others, and an engine's queue is left alone while a slot changes hands."""
+        """A free slot and a job that could use it never meet; slots held for an estimate are not free, jobs that an
+        upstream just failed are left for the others, and an engine's queue is left alone while a slot changes hands."""
         if not hasattr(self, "scheduler"):
             return
         s = self.scheduler
@@ -253,8 +253,8 @@ class Machine(RuleBasedStateMachine):
             if not upstream.takes:
                 assert upstream.free <= 0 or upstream.full
                 continue
-            head = s.room.best_for(upstream, self.now)
-            assert head is None or s.room.shuns(head[4], upstream)
+            waiting = [job for queue in (upstream.queue, *(p.queue for p in upstream.pools)) for job in queue.jobs()]
+            assert all(s.room.shuns(job, upstream) for job in waiting)
 
 
 Machine.TestCase.settings = settings(max_examples=150, stateful_step_count=80, deadline=None, derandomize=True)
