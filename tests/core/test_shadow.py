@@ -105,3 +105,57 @@ def test_the_promise_is_kept_where_plain_isrtf_breaks_it():
     assert p99[1] > 1.5 * p99[0]
     assert p99[2] < 1.35 * p99[0]
     assert sum(promised) < 0.9 * sum(first_come)
+
+
+def test_in_overload_the_promise_leaves_room_to_order_by():
+    """First-come's percentile so far is of the past there: by that alone nearly everybody is overdue."""
+    work = traffic(5, 3000, 1.15, 4)
+    first_come, _ = served(work, FCFS(), 4)
+    promised, _ = served(work, ISRTF(), 4, tail=1.25)
+    assert promised[int(0.99 * len(promised))] < 1.25 * first_come[int(0.99 * len(first_come))]
+    assert sum(promised) < 0.9 * sum(first_come)
+
+
+def waiting(name: str, arrival: float) -> Job:
+    return Job(JobSpec(name, "m"), arrival, Pool("m", 0.02, 0.0))
+
+
+def over(shadow: Shadow, job: Job, end: float, slot_time: float) -> None:
+    job.finished, job.outcome = end, Outcome.COMPLETED
+    shadow.over(job, slot_time)
+
+
+def due(shadow: Shadow, job: Job, remaining: float) -> float:
+    if job.due is None:
+        shadow.arrived(job)
+    job.due = shadow.due(job, remaining, 1.0)
+    return job.due
+
+
+def test_who_comes_behind_many_is_due_when_first_come_would_have_come_to_him():
+    shadow = Shadow()
+    jobs = [waiting(f"j{n}", 0.0) for n in range(10)]
+    for n, job in enumerate(jobs):
+        assert due(shadow, job, 10.0) == pytest.approx(0.78 * 10.0 * (n + 1) - 10.0), "one slot, ten seconds each"
+    # Half of them turn out to be over at once: who comes next is behind the others alone, and what estimates are worth
+    # is known.
+    for job in jobs[5:]:
+        over(shadow, job, 1.0, 5.0)
+    assert due(shadow, waiting("next", 2.0), 10.0) == pytest.approx(
+        2.0 + 0.78 * (5 * 10.0 + 5 * 5.0 - 2.0 + 5.0) - 10.0
+    )
+    for job in jobs[:5]:
+        over(shadow, job, 3.0, 5.0)
+    late = waiting("late", 100.0)
+    assert due(shadow, late, 10.0) > 100.0 + 0.8 * 40.0 - 10.0, "now there is a percentile, and nobody before him"
+
+
+def test_a_job_that_stays_where_it_is_keeps_its_place_on_paper_whatever_comes_behind_it():
+    shadow = Shadow()
+    shadow.resize(2, 0.0)
+    first, second = waiting("first", 0.0), waiting("second", 0.0)
+    due(shadow, first, 30.0)
+    before = due(shadow, second, 10.0)
+    for n in range(50):
+        due(shadow, waiting(f"j{n}", 1.0), 10.0)
+    assert due(shadow, second, 10.0) == before
