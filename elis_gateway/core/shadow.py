@@ -41,7 +41,7 @@ _OPEN = 10_000
 """A job that is served for ages must not keep ten thousand others from being settled."""
 
 
-class _Open:
+class _OnPaper:
     """What first-come would have to do for a job that is not settled; seconds of slot time."""
 
     __slots__ = ("response", "said", "work")
@@ -70,7 +70,7 @@ class Shadow:
         """Arrivals from the first unfinished job on."""
         self._slot_time: dict[str, float] = {}
         """Slot time of jobs that are over but not settled."""
-        self._expected: dict[str, _Open] = {}
+        self._expected: dict[str, _OnPaper] = {}
         """Jobs in ``_open`` that have been asked about."""
         self._backlog = 0.0
         """Slot time of them all."""
@@ -129,8 +129,8 @@ class Shadow:
         """The completion time that first-come would give it, as expected when it arrived; ``said``: its work by
         the estimate of now.
 
-        A fluid again: what everybody before it needs, spread over the slots. Where slots would have been idle
-        meanwhile that is too little, and then the percentile is what counts.
+        A fluid again: what everybody before it needs, spread over the slots. That is too little where slots would have
+        been idle meanwhile, and without those who never waited or were promised nothing: then the percentile counts.
         """
         work = said * self._turned_out / self._said if self._said > 0.0 else said
         known = self._expected.get(job.spec.id)
@@ -145,7 +145,7 @@ class Shadow:
             if free > first:
                 busy += free - first
         response = max(first + busy / len(self._free) - job.arrival, 0.0) + work
-        self._expected[job.spec.id] = _Open(said, work, response)
+        self._expected[job.spec.id] = _OnPaper(said, work, response)
         self._backlog += work
         return response
 
