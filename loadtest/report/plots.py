@@ -28,6 +28,9 @@ from loadtest.tables import differences
 
 __all__ = ["Plot", "draw", "lanes", "svg", "waiting"]
 
+_SAME = 1e-6
+"""Seconds between an end and a start that are the same moment."""
+
 _POINTS = 1500
 """Of a scatter, per setting."""
 
@@ -294,21 +297,31 @@ def waiting(run: Run) -> list[tuple[float, int]]:
 
 
 def lanes(run: Run) -> list[list[tuple[float, float, int, bool]]]:
-    """Slots as they were used: (start, end, tokens of the whole answer, cut short by a preemption)."""
+    """Slots as they were used: (start, end, tokens of the whole answer, cut short by a preemption).
+
+    A call that was sent while every slot was taken waits in the engine, and has a slot when one comes free before its
+    first token. One without a token had none.
+    """
     calls = sorted(
-        (leg.upstream, leg.start, leg.end, row.tokens, leg.why == "preempted")
+        (leg.upstream, leg.first, leg.start, leg.end, row.tokens, leg.why == "preempted")
         for row in run.rows
         for leg in row.legs
-        if leg.end > leg.start
+        if leg.first is not None and leg.end > leg.start
     )
-    made: list[tuple[str, list[tuple[float, float, int, bool]]]] = []
-    for upstream, start, end, tokens, cut in calls:
-        lane = next((bars for of, bars in made if of == upstream and bars[-1][1] <= start + 1e-6), None)
+    made: dict[str, list[list[tuple[float, float, int, bool]]]] = {}
+    for upstream, first, start, end, tokens, cut in calls:
+        slots = made.setdefault(upstream, [])
+        lane = next((bars for bars in slots if bars[-1][1] <= start + _SAME), None)
         if lane is None:
-            lane = []
-            made.append((upstream, lane))
-        lane.append((start, end, tokens, cut))
-    return [bars for _, bars in made]
+            lane = min(
+                (bars for bars in slots if bars[-1][1] <= first + _SAME), key=lambda bars: bars[-1][1], default=[]
+            )
+        if lane:
+            start = max(start, lane[-1][1])
+        else:
+            slots.append(lane)
+        lane.append((start, max(end, start), tokens, cut))
+    return [bars for slots in made.values() for bars in slots]
 
 
 def _timeline(data: _Data) -> Plot | None:

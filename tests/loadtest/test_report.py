@@ -130,6 +130,20 @@ def test_slots_are_lanes_and_waiting_is_what_is_in_none() -> None:
     assert steps[-1] == (5, 0)
 
 
+def test_a_call_that_waits_in_the_engine_is_drawn_in_the_slot_that_it_gets() -> None:
+    def leg(start: float, first: float | None, end: float) -> Leg:
+        return Leg("e", start, first, end, 0 if first is None else 5, "finished")
+
+    rows = [
+        Row("a", 0, 0, 0, 4, 5, legs=[leg(0, 0.1, 4)]),
+        Row("b", 0, 0, 0, 6, 5, legs=[leg(0, 0.1, 6)]),
+        Row("c", 1, 1, 4, 9, 5, legs=[leg(1, 4.1, 9)]),
+        Row("called back", 1, 1, 4, 9, 5, legs=[leg(1, None, 2), leg(4.5, 6.1, 7)]),
+    ]
+    bars = [[bar[:2] for bar in lane] for lane in lanes(Run("x", "w", rows))]
+    assert bars == [[(0, 4), (4, 9)], [(0, 6), (6, 7)]], "two slots are two rows"
+
+
 def test_a_drawing_can_be_read_on_a_phone() -> None:
     # A drawing is as wide as its place; a phone's is 360 CSS pixels less the page's margins.
     shrunk = (360 - 2 * 14) / (72 * FIGURE[0])
