@@ -18,7 +18,7 @@ from pathlib import Path
 
 import aiohttp
 
-__all__ = ["Spent", "processor_time", "session_of"]
+__all__ = ["Pace", "Spent", "processor_time", "session_of"]
 
 _TICK = os.sysconf("SC_CLK_TCK")
 _STEPS = re.compile(r"^vllm:iteration_tokens_total_count\{.*\} (\S+)$", re.MULTILINE)
@@ -52,6 +52,38 @@ def processor_time(session: int) -> float:
         if fields and int(fields[3]) == session:
             ticks += int(fields[11]) + int(fields[12])
     return ticks / _TICK
+
+
+_BUSY = re.compile(r"^vllm:num_requests_(?:running|waiting)\{.*\} (\S+)$", re.MULTILINE)
+
+
+class Pace:
+    """An engine's own clock: the decoding steps it has made, and, while it has nothing to do, those it could have made.
+
+    By it arrivals keep their load on a machine whose speed changes under other work: by the seconds of a slow hour the
+    same arrivals are an overload, by those of a quick one they are none.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        """In steps."""
+        self._made: float | None = None
+        self._at = 0.0
+        self._step = 0.1
+        """Seconds of a step, as seen lately."""
+
+    def read(self, metrics: str, at: float) -> None:
+        """What the engine's metrics say at ``at``, in seconds of any clock."""
+        found = _STEPS.search(metrics)
+        made = float(found[1]) if found else 0.0
+        if self._made is not None:
+            steps, seconds = made - self._made, at - self._at
+            if steps > 0:
+                self.now += steps
+                self._step += 0.2 * (seconds / steps - self._step)
+            elif not any(float(count) for count in _BUSY.findall(metrics)):
+                self.now += seconds / self._step
+        self._made, self._at = made, at
 
 
 class Spent:

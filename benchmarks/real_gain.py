@@ -13,9 +13,11 @@ name their kind in X-Elis-App.
 
 Then, for every seed and load: first come, and SJF, ISRTF as published (fixed windows) and ISRTF elastic (the default)
 with history, the BGE predictor and perfect knowledge, each by a gateway of its own, interleaved, every other seed
-backwards. Load is a share of the capacity measured before the block; a burst is ten requests a second. Requests carry a
-cache salt of their run, so that no run finds prompts of another in the prefix cache. A run whose generator lagged is
-stored and not counted; a request whose answer has another length than recorded is counted as unequal work.
+backwards. Load is offered tokens over what full slots make in so many steps, and arrivals are timed in the engine's own
+steps (``Pace``): by the seconds of a shared machine 0.95 is 0.8 in one run and 1.1 in the next, and first come on the
+same arrivals differed by a quarter. A burst is ten requests a second. Requests carry a cache salt of their run, so that
+no run finds prompts of another in the prefix cache. A run whose generator lagged is stored and not counted; a request
+whose answer has another length than recorded is counted as unequal work.
 
 At 45 tokens/s with all slots busy (a loaded machine) a run takes two minutes and five seeds five hours; at 100, half.
 """
@@ -40,10 +42,10 @@ import click
 
 from benchmarks import capacity_live
 from benchmarks.capacity import Clock, about
-from benchmarks.capacity_probe import Spent
+from benchmarks.capacity_probe import Pace, Spent
 from benchmarks.rows import save, stored
 from benchmarks.studies.harness import table
-from benchmarks.validate_engine import SLOTS, capacity
+from benchmarks.validate_engine import SLOTS
 from benchmarks.vllm_engine import MODEL, cache
 from elis_gateway.predictor.base import View
 from elis_gateway.predictor.baselines import write_lengths
@@ -71,8 +73,10 @@ AT_ONCE = 10.0
 LAG = 0.01
 """What the generator's lag (its 99th percentile) may be of the mean completion time, which counts from the intended
 time all the same: what lags is a little of the order of arrival."""
-_LOOK = 1.0
-"""Seconds between two readings of the engine's count of steps."""
+_LOOK, _GLANCE = 1.0, 0.05
+"""Seconds between two readings of the engine's count of steps: to tell how many there were, to send by them."""
+_PATIENCE = 1800.0
+"""Seconds a request may take."""
 GREEDY = {"temperature": 0}
 
 
@@ -93,14 +97,14 @@ def recorded(path: Path) -> dict[str, dict[str, Any]]:
     return {row["prompt"]: row for row in stored(path)}
 
 
-def draw(asked: Sequence[Mapping[str, Any]], count: int, load: float | str, rate: float, seed: int) -> Workload:
-    """``rate``: tokens per second that the engine can make."""
+def draw(asked: Sequence[Mapping[str, Any]], count: int, load: float | str, seed: int) -> Workload:
+    """Arrivals in seconds of a burst, in the engine's steps of a load."""
     chosen = random.Random(f"real {seed}").sample(list(asked), count)
     if load == BURST:
         times = [number / AT_ONCE for number in range(count)]
     else:
-        per_second = float(load) * rate / fmean(row["tokens"] for row in chosen)
-        gaps = arrivals.gamma(count, per_second, 0.8, random.Random(f"real arrivals {seed}"))
+        per_step = float(load) * SLOTS / fmean(row["tokens"] for row in chosen)
+        gaps = arrivals.gamma(count, per_step, 0.8, random.Random(f"real arrivals {seed}"))
         times = arrivals.times(gaps)
     return Workload(
         tuple(
@@ -157,7 +161,34 @@ def predictor(known: str, past: Path, folder: Path) -> dict[str, Any]:
     return {"kind": known}
 
 
-async def send(engine: capacity_live.Engine, url: str, work: Workload, salt: str) -> tuple[Run, Spent]:
+async def by_steps(engine: capacity_live.Engine, work: Workload, target: HttpTarget, start: float) -> Run:
+    """Each request when the engine's own clock has come to its arrival; a row's lag is that of the looks at it."""
+    pace, rows, asked = Pace(), [], []
+
+    async def ask(request: Request, row: Row) -> None:
+        async with asyncio.timeout(_PATIENCE):
+            await target.send(request, row)
+
+    async with aiohttp.ClientSession() as session:
+        for request in work.requests:
+            before = 0.0
+            while True:
+                async with session.get(f"{engine.url}/metrics") as reply:
+                    now = time.perf_counter() - start
+                    pace.read(await reply.text(), now)
+                if pace.now >= request.at:
+                    break
+                before = now
+                await asyncio.sleep(_GLANCE)
+            row = Row(request.id, before or now, now, app=request.app, prompt_tokens=request.prompt_tokens,
+                      expected=request.tokens)  # fmt: skip
+            rows.append(row)
+            asked.append(spawn(ask(request, row), name="request"))
+        await asyncio.wait(asked)
+    return Run("", work.hash, rows)
+
+
+async def send(engine: capacity_live.Engine, url: str, work: Workload, load: str, salt: str) -> tuple[Run, Spent]:
     async with Client(url) as client, aiohttp.ClientSession() as session:
         target = HttpTarget(client, MODEL, body={**GREEDY, "cache_salt": salt}, debug=True)
         target.prepare(work.requests)
@@ -165,21 +196,26 @@ async def send(engine: capacity_live.Engine, url: str, work: Workload, salt: str
         spent = Spent(engine.url, engine.session, start=target.start)
         watching = spawn(spent.watch(session, _LOOK), name="steps of the engine")
         try:
-            run = await runner.run(work, target, start=target.start, patience=1800)
+            if load == BURST:
+                run = await runner.run(work, target, start=target.start, patience=_PATIENCE)
+            else:
+                run = await by_steps(engine, work, target, target.start)
             await asyncio.sleep(2 * _LOOK)  # one more reading, behind the last answer
         finally:
             watching.cancel()
         return run, spent
 
 
-def measure(engine: capacity_live.Engine, work: Workload, order: str, known: str, past: Path) -> dict[str, Any]:
+def measure(
+    engine: capacity_live.Engine, work: Workload, load: str, order: str, known: str, past: Path
+) -> dict[str, Any]:
     """One run by a gateway of its own."""
     busy = os.getloadavg()[0]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         gate = capacity_live.gateway(folder, "gateway", engine, {}, SETTINGS[order], predictor(known, past, folder))
         url, _ = stack.enter_context(gate)
-        done, spent = asyncio.run(send(engine, url, work, f"{order} {known} {time.time():.0f}"))
+        done, spent = asyncio.run(send(engine, url, work, load, f"{order} {known} {time.time():.0f}"))
     rows = done.rows
     steps = [spent.between(row.intended, row.end)["steps"] for row in rows if row.end is not None]
     jct = [row.jct for row in rows if not row.error]
@@ -305,19 +341,17 @@ def block(
     left = [arm for arm in arms if not any((row["order"], row["known"]) == arm and valid(row) for row in done)]
     if not left or clock.left <= 0:
         return
-    # A block that was stopped goes on with the same arrivals.
-    rate = done[0]["capacity"] if done else 0.0 if load == BURST else capacity(engine)
-    work = draw(asked, question.requests, load, rate, seed)
+    work = draw(asked, question.requests, load, seed)
     for order, known in left if seed % 2 == 0 else left[::-1]:
         if clock.left <= 0:
             return
         try:
-            found = measure(engine, work, order, known, past)
+            found = measure(engine, work, load, order, known, past)
         except EngineFailed as error:
             # A port may be taken between choosing and using it; the next call makes this run.
             click.echo(f"load {load}, seed {seed}, {order} {known}: the gateway did not start: {error}")
             continue
-        save(output, {**place, "order": order, "known": known, "capacity": rate, "work": work.hash, **found, **stamp})
+        save(output, {**place, "order": order, "known": known, "work": work.hash, **found, **stamp})
         click.echo(
             f"load {load}, seed {seed}, {order} {known}: mean {found['mean']:.2f} s, "
             f"{found['preemptions']} preemptions, {found['unequal']} of other length, "
