@@ -13,7 +13,7 @@ most work, which would block many others, have three times as long; that is also
 
 In overload, and in a busy period longer than any before, that percentile is of the past: nearly everybody would be
 overdue, and the order first-come again. There the due time counts from what first-come would make of the job itself:
-0.78 r x (its own completion time on paper, from what everybody before it still needs by the estimates).
+0.72 r x (its own completion time on paper, from what everybody before it still needs by the estimates).
 
 Worse in the same runs (``benchmarks/tail.py``): a percentile of the recent past, because near saturation the percentile
 *is* the worst busy period; the target per job alone, which spends the allowance on jobs first-come would have served
@@ -31,7 +31,7 @@ from elis_gateway.core.lengths import Quantile
 __all__ = ["Shadow"]
 
 _MARGIN = 0.88
-_OWN_MARGIN = 0.78
+_OWN_MARGIN = 0.72
 _LONGEST = 0.007
 _LONGEST_MARGIN = 3.0
 _KEEP = 0.999
@@ -42,14 +42,14 @@ _OPEN = 10_000
 
 
 class _OnPaper:
-    """What first-come would have to do for a job that is not settled; seconds of slot time."""
+    """What is to be done for a job that is not over; seconds of slot time."""
 
-    __slots__ = ("response", "said", "work")
+    __slots__ = ("left", "response", "said")
 
-    def __init__(self, said: float, work: float, response: float) -> None:
+    def __init__(self, said: float, left: float, response: float) -> None:
         self.said = said
         """As estimated when it arrived."""
-        self.work = work
+        self.left = left
         """As it is known now; part of the backlog."""
         self.response = response
         """Its completion time on paper, as expected when it arrived."""
@@ -71,9 +71,9 @@ class Shadow:
         self._slot_time: dict[str, float] = {}
         """Slot time of jobs that are over but not settled."""
         self._expected: dict[str, _OnPaper] = {}
-        """Jobs in ``_open`` that have been asked about."""
+        """Jobs that have been asked about and are not over."""
         self._backlog = 0.0
-        """Slot time of them all."""
+        """Slot time they still need, all together."""
         self._said = self._turned_out = 0.0
         """Slot time of recent jobs, as estimated when they arrived and as it was."""
         self._long = Quantile(1.0 - _LONGEST)
@@ -102,17 +102,16 @@ class Shadow:
 
     def over(self, job: Job, slot_time: float) -> None:
         """``job`` is over; ``slot_time``: how long it would have held a slot uncut."""
+        known = self._expected.pop(job.spec.id, None)
+        if known is not None:
+            self._backlog = self._backlog - known.left if self._expected else 0.0
+            if job.outcome is _COMPLETED:
+                self._said = _KEEP * self._said + known.said
+                self._turned_out = _KEEP * self._turned_out + slot_time
         waiting = self._open
         if not waiting or job.arrival < waiting[0].arrival:
             return  # settled before its time
         self._slot_time[job.spec.id] = slot_time
-        known = self._expected.get(job.spec.id)
-        if known is not None:
-            self._backlog += slot_time - known.work
-            known.work = slot_time
-            if job.outcome is _COMPLETED:
-                self._said = _KEEP * self._said + known.said
-                self._turned_out = _KEEP * self._turned_out + slot_time
         while waiting and waiting[0].outcome is not None:
             self._settle(waiting.popleft())
 
@@ -122,38 +121,32 @@ class Shadow:
         if job.due is None:
             self._long.add(work)
         margin = _LONGEST_MARGIN if work > self._long.value and self._long.count > 100 else _MARGIN
-        within = max(margin * self.p99.value, _OWN_MARGIN * self._response(job, work))
+        within = max(margin * self.p99.value, _OWN_MARGIN * self._response(job, remaining))
         return job.arrival + ratio * within - remaining
 
-    def _response(self, job: Job, said: float) -> float:
-        """The completion time that first-come would give it, as expected when it arrived; ``said``: its work by
-        the estimate of now.
+    def _response(self, job: Job, remaining: float) -> float:
+        """The completion time that first-come would give it, as expected when it arrived.
 
-        A fluid again: what everybody before it needs, spread over the slots. That is too little where slots would have
-        been idle meanwhile, and without those who never waited or were promised nothing: then the percentile counts.
+        A fluid again: what everybody before it needs, spread over the slots; and since no order leaves a slot idle
+        while anybody waits, what is left for first-come to do is what is really left. Those who never waited or were
+        promised nothing are not counted: where they are many it is too little, and then the percentile counts.
         """
-        work = said * self._turned_out / self._said if self._said > 0.0 else said
+        worth = self._turned_out / self._said if self._said > 0.0 else 1.0
+        left = remaining * worth
         known = self._expected.get(job.spec.id)
         if known is not None:
-            self._backlog += work - known.work
-            known.work = work
+            self._backlog += left - known.left
+            known.left = left
             return known.response
-        if not self._open or job.arrival < self._open[0].arrival:
-            return 0.0  # settled before its time
-        first, busy = self._open[0].arrival, self._backlog
-        for free in self._free:
-            if free > first:
-                busy += free - first
-        response = max(first + busy / len(self._free) - job.arrival, 0.0) + work
-        self._expected[job.spec.id] = _OnPaper(said, work, response)
-        self._backlog += work
+        # Who has begun before anybody asked was served as first-come would have.
+        ahead = self._backlog / len(self._free) if job.first_run is None else 0.0
+        response = ahead + (job.served + remaining) * worth
+        self._expected[job.spec.id] = _OnPaper(job.served + remaining, left, response)
+        self._backlog += left
         return response
 
     def _settle(self, job: Job) -> None:
         slot_time = self._slot_time.pop(job.spec.id, job.served)
-        known = self._expected.pop(job.spec.id, None)
-        if known is not None:
-            self._backlog = self._backlog - known.work if self._expected else 0.0
         free = self._free
         arrival, finished = job.arrival, job.finished
         start = free[0] if free[0] > arrival else arrival

@@ -20,6 +20,9 @@ from elis_gateway.core.ready import END, Head, ReadyQueue
 __all__ = ["WaitingRoom"]
 
 _CONVERSATIONS = 20_000
+_SHUNNED = 256
+"""An upstream that has just failed so many of those who are next may stay idle: to look further, at every event, costs
+more than it would serve."""
 
 
 class WaitingRoom:
@@ -149,23 +152,22 @@ class WaitingRoom:
         head = self.best_for(upstream, now)
         if head is None or head[4].avoid is None or not self.shuns(head[4], upstream):
             return head
-        count = 1
-        while True:
-            count *= 4
-            heads = self._best(count, upstream, now)
-            for head in heads:
-                if not self.shuns(head[4], upstream):
-                    return head
-            if len(heads) < count:
-                return None
+        return self.nth_for(upstream, 1, now)
 
-    def nth_for(self, upstream: Upstream, n: int, now: float, bound: tuple[float, ...]) -> Head | None:
+    def nth_for(self, upstream: Upstream, n: int, now: float, bound: tuple[float, ...] = END) -> Head | None:
         """The job that should have the ``n``-th next slot of ``upstream``, if it comes before ``bound``."""
-        heads = self._best(n, upstream, now, bound)
-        return heads[n - 1] if len(heads) == n else None
+        count = n
+        while True:
+            heads = self._best(count, upstream, now, bound)
+            able = [head for head in heads if head[4].avoid is None or not self.shuns(head[4], upstream)]
+            if len(able) >= n:
+                return able[n - 1]
+            if len(heads) < count or count - n >= _SHUNNED:
+                return None
+            count = 4 * count + n
 
     @staticmethod
-    def _best(count: int, upstream: Upstream, now: float, bound: tuple[float, ...] = END) -> list[Head]:
+    def _best(count: int, upstream: Upstream, now: float, bound: tuple[float, ...]) -> list[Head]:
         heads = upstream.queue.best(count, now, bound)
         for pool in upstream.pools:
             heads += pool.queue.best(count, now, bound)
@@ -193,7 +195,7 @@ class WaitingRoom:
                 if other is upstream or not other.info.overcommit:
                     continue
                 for running in other.queued_calls():
-                    if running.cold and running.job.spec.sliceable:
+                    if running.cold and running.job.spec.sliceable and not self.shuns(running.job, upstream):
                         return running
         return None
 
@@ -209,7 +211,7 @@ class WaitingRoom:
         worst_key: tuple[int, float] | None = None
         for upstream in pool.upstreams:
             victim = upstream.victim(now)
-            if victim is None:
+            if victim is None or (job.avoid is not None and self.shuns(job, upstream)):
                 continue
             key = (victim.job.spec.rank, victim.key)
             if worst_key is None or key > worst_key:

@@ -367,8 +367,7 @@ async def _ask(upstream: HttpUpstream, call: Call) -> Any:
 
 def _ids(answer: Any) -> tuple[list[int], list[int]]:
     choice = first(answer, "choices")
-    prompt, tokens = entries(choice, "prompt_token_ids"), entries(choice, "token_ids")
-    return (prompt, tokens) if prompt and tokens else ([], [])
+    return entries(choice, "prompt_token_ids"), entries(choice, "token_ids")
 
 
 async def _orders(upstream: HttpUpstream, model: str, slots: int) -> bool:

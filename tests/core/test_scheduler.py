@@ -450,6 +450,25 @@ class TestUpstreams:
             s.end(f"j{n}", SliceEnd.INTERRUPTED, 0)
         assert s.submit("late") == ["run late on u"]
 
+    def test_a_call_in_an_engine_s_queue_is_not_fetched_by_the_upstream_that_has_failed_its_job(self):
+        s = Stage(FCFS(), upstreams=("u", "v"), slots=2, overcommit=2)
+        for n in range(4):
+            s.submit(f"j{n}")
+        for n in (1, 3):
+            s.started(f"j{n}")
+        said = [s.end(f"j{n}", SliceEnd.INTERRUPTED, 0) for n in (0, 2)]
+        assert said == [["run j0 on v"], ["run j2 on v"]], "and nobody is called back to go to and fro"
+
+    def test_who_may_run_elsewhere_alone_preempts_there(self):
+        s = Stage(ISRTF(), upstreams=("u", "v"), slots=1)
+        s.submit("x", 100)
+        s.submit("short", 80)
+        s.started("short")
+        s.submit("long", 900)
+        s.end("x", SliceEnd.INTERRUPTED, 0)
+        s.started("long")
+        assert s.estimate("x", 9) == ["preempt short"], "on v: u, where the longer one runs, has just failed it"
+
     def test_an_interrupted_job_continues_elsewhere_with_what_it_has(self):
         s = Stage(upstreams=("u", "v"), slots=1)
         s.submit("a", 100)

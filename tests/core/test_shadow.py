@@ -136,18 +136,37 @@ def test_who_comes_behind_many_is_due_when_first_come_would_have_come_to_him():
     shadow = Shadow()
     jobs = [waiting(f"j{n}", 0.0) for n in range(10)]
     for n, job in enumerate(jobs):
-        assert due(shadow, job, 10.0) == pytest.approx(0.78 * 10.0 * (n + 1) - 10.0), "one slot, ten seconds each"
-    # Half of them turn out to be over at once: who comes next is behind the others alone, and what estimates are worth
-    # is known.
+        assert due(shadow, job, 10.0) == pytest.approx(0.72 * 10.0 * (n + 1) - 10.0), "one slot, ten seconds each"
     for job in jobs[5:]:
-        over(shadow, job, 1.0, 5.0)
-    assert due(shadow, waiting("next", 2.0), 10.0) == pytest.approx(
-        2.0 + 0.78 * (5 * 10.0 + 5 * 5.0 - 2.0 + 5.0) - 10.0
-    )
+        over(shadow, job, 25.0, 5.0)
+    # Five are left, and estimates have turned out to be twice too long: of the others', too, once they are asked again.
+    assert due(shadow, waiting("next", 25.0), 10.0) == pytest.approx(25.0 + 0.72 * (5 * 10.0 + 5.0) - 10.0)
     for job in jobs[:5]:
-        over(shadow, job, 3.0, 5.0)
-    late = waiting("late", 100.0)
-    assert due(shadow, late, 10.0) > 100.0 + 0.8 * 40.0 - 10.0, "now there is a percentile, and nobody before him"
+        due(shadow, job, 10.0)
+    assert due(shadow, waiting("another", 25.0), 10.0) == pytest.approx(25.0 + 0.72 * (5 * 5.0 + 5.0 + 5.0) - 10.0)
+
+
+def test_one_long_answer_under_way_makes_nobody_else_s_wait_look_short():
+    shadow = Shadow()
+    shadow.resize(8, 0.0)
+    long = waiting("long", 0.0)
+    long.first_run = 0.0
+    shadow.arrived(long)
+    for n in range(400):
+        last = due(shadow, waiting(f"j{n}", 1000.0), 10.0)
+    assert last == pytest.approx(1000.0 + 0.72 * (399 * 10.0 / 8 + 10.0) - 10.0)
+
+
+def test_who_has_begun_at_once_is_not_behind_those_who_came_later():
+    shadow = Shadow()
+    first = waiting("first", 0.0)
+    first.first_run = 0.0
+    shadow.arrived(first)
+    for n in range(500):
+        due(shadow, waiting(f"j{n}", 1.0), 30.0)
+    first.served = 2.0
+    first.due = shadow.due(first, 28.0, 1.0)
+    assert first.due == pytest.approx(0.72 * 30.0 - 28.0)
 
 
 def test_a_job_that_stays_where_it_is_keeps_its_place_on_paper_whatever_comes_behind_it():

@@ -250,7 +250,10 @@ def test_an_upstream_may_say_in_seconds_or_by_a_date_when_to_come_back(said: str
     assert least <= wait <= most
 
 
-@pytest.mark.parametrize("said", [None, "", "soon", "-1", "nan", "inf", "1e9", "Mon, 99 Nov 2026 00:00:00 GMT"])
+LATE = "Mon, 01 Jan 99999999999 00:00:00 GMT"
+
+
+@pytest.mark.parametrize("said", [None, "", "soon", "-1", "nan", "inf", "1e9", "Mon, 99 Nov 2026 00:00:00 GMT", LATE])
 def test_what_says_nothing_of_when_to_come_back_is_as_if_it_were_not_there(said: str | None) -> None:
     assert retry_after(said) is None
 
