@@ -7,13 +7,14 @@ and only settled jobs count. Two things follow from the figures: what the order 
 due.
 
 *Due times.* The promise ``tail: r`` is about the 99th percentile alone, so the due time is nearly the same for all: the
-job's arrival + 0.88 r x (the shadow's 99th percentile over a long memory) - the work it still needs. The 0.88 makes up
+job's arrival + 0.92 r x (the shadow's 99th percentile over a long memory) - the work it still needs. The 0.92 makes up
 for jobs that are due at the same moment. What lies beyond a 99th percentile may be late, so the 0.7 % of jobs with the
 most work, which would block many others, have three times as long; that is also the bound on what they suffer.
 
-In overload, and in a busy period longer than any before, that percentile is of the past: nearly everybody would be
-overdue, and the order first-come again. There the due time counts from what first-come would make of the job itself:
-0.72 r x (its own completion time on paper, from what everybody before it still needs by the estimates).
+In overload that percentile is of the past: nearly everybody would be overdue, and the order first-come again. There the
+due time counts from what first-come would make of the job itself: 0.85 r x (its own completion time on paper, from what
+everybody before it still needs by the estimates) x the share of recent arrivals whose own is beyond the percentile:
+nearly all in overload, and otherwise so few that the percentile decides.
 
 Worse in the same runs (``benchmarks/tail.py``): a percentile of the recent past, because near saturation the percentile
 *is* the worst busy period; the target per job alone, which spends the allowance on jobs first-come would have served
@@ -30,8 +31,10 @@ from elis_gateway.core.lengths import Quantile
 
 __all__ = ["Shadow"]
 
-_MARGIN = 0.88
-_OWN_MARGIN = 0.72
+_MARGIN = 0.92
+_OWN_MARGIN = 0.85
+_RECENT = 1000
+"""Arrivals."""
 _LONGEST = 0.007
 _LONGEST_MARGIN = 3.0
 _KEEP = 0.999
@@ -59,8 +62,8 @@ class Shadow:
     """First-come on paper, for one pool. Times in seconds."""
 
     __slots__ = (
-        "_backlog", "_expected", "_free", "_long", "_open", "_said", "_slot_time", "_turned_out", "p99", "real_mean",
-        "real_p99", "settled", "shadow_mean",
+        "_backlog", "_expected", "_free", "_long", "_open", "_said", "_slot_time", "_turned_out", "beyond", "p99",
+        "real_mean", "real_p99", "settled", "shadow_mean",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -74,6 +77,8 @@ class Shadow:
         """Jobs that have been asked about and are not over."""
         self._backlog = 0.0
         """Slot time they still need, all together."""
+        self.beyond = 0.0
+        """Share of recent arrivals for whom first-come would take longer than its 99th percentile."""
         self._said = self._turned_out = 0.0
         """Slot time of recent jobs, as estimated when they arrived and as it was."""
         self._long = Quantile(1.0 - _LONGEST)
@@ -121,7 +126,8 @@ class Shadow:
         if job.due is None:
             self._long.add(work)
         margin = _LONGEST_MARGIN if work > self._long.value and self._long.count > 100 else _MARGIN
-        within = max(margin * self.p99.value, _OWN_MARGIN * self._response(job, remaining))
+        own = self._response(job, remaining)
+        within = max(margin * self.p99.value, self.beyond * _OWN_MARGIN * own)
         return job.arrival + ratio * within - remaining
 
     def _response(self, job: Job, remaining: float) -> float:
@@ -143,6 +149,7 @@ class Shadow:
         response = ahead + (job.served + remaining) * worth
         self._expected[job.spec.id] = _OnPaper(job.served + remaining, left, response)
         self._backlog += left
+        self.beyond += ((response > self.p99.value) - self.beyond) / _RECENT
         return response
 
     def _settle(self, job: Job) -> None:

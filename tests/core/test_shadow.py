@@ -132,33 +132,40 @@ def due(shadow: Shadow, job: Job, remaining: float) -> float:
     return job.due
 
 
-def test_who_comes_behind_many_is_due_when_first_come_would_have_come_to_him():
+def overloaded(slots: int = 1) -> Shadow:
+    """First-come's percentile has been of the past for long."""
     shadow = Shadow()
+    shadow.resize(slots, 0.0)
+    shadow.beyond = 1.0
+    return shadow
+
+
+def test_who_comes_behind_many_is_due_when_first_come_would_have_come_to_him():
+    shadow = overloaded()
     jobs = [waiting(f"j{n}", 0.0) for n in range(10)]
     for n, job in enumerate(jobs):
-        assert due(shadow, job, 10.0) == pytest.approx(0.72 * 10.0 * (n + 1) - 10.0), "one slot, ten seconds each"
+        assert due(shadow, job, 10.0) == pytest.approx(0.85 * 10.0 * (n + 1) - 10.0), "one slot, ten seconds each"
     for job in jobs[5:]:
         over(shadow, job, 25.0, 5.0)
     # Five are left, and estimates have turned out to be twice too long: of the others', too, once they are asked again.
-    assert due(shadow, waiting("next", 25.0), 10.0) == pytest.approx(25.0 + 0.72 * (5 * 10.0 + 5.0) - 10.0)
+    assert due(shadow, waiting("next", 25.0), 10.0) == pytest.approx(25.0 + 0.85 * (5 * 10.0 + 5.0) - 10.0)
     for job in jobs[:5]:
         due(shadow, job, 10.0)
-    assert due(shadow, waiting("another", 25.0), 10.0) == pytest.approx(25.0 + 0.72 * (5 * 5.0 + 5.0 + 5.0) - 10.0)
+    assert due(shadow, waiting("another", 25.0), 10.0) == pytest.approx(25.0 + 0.85 * (5 * 5.0 + 5.0 + 5.0) - 10.0)
 
 
 def test_one_long_answer_under_way_makes_nobody_else_s_wait_look_short():
-    shadow = Shadow()
-    shadow.resize(8, 0.0)
+    shadow = overloaded(8)
     long = waiting("long", 0.0)
     long.first_run = 0.0
     shadow.arrived(long)
     for n in range(400):
         last = due(shadow, waiting(f"j{n}", 1000.0), 10.0)
-    assert last == pytest.approx(1000.0 + 0.72 * (399 * 10.0 / 8 + 10.0) - 10.0)
+    assert last == pytest.approx(1000.0 + 0.85 * (399 * 10.0 / 8 + 10.0) - 10.0)
 
 
 def test_who_has_begun_at_once_is_not_behind_those_who_came_later():
-    shadow = Shadow()
+    shadow = overloaded()
     first = waiting("first", 0.0)
     first.first_run = 0.0
     shadow.arrived(first)
@@ -166,15 +173,27 @@ def test_who_has_begun_at_once_is_not_behind_those_who_came_later():
         due(shadow, waiting(f"j{n}", 1.0), 30.0)
     first.served = 2.0
     first.due = shadow.due(first, 28.0, 1.0)
-    assert first.due == pytest.approx(0.72 * 30.0 - 28.0)
+    assert first.due == pytest.approx(0.85 * 30.0 - 28.0)
 
 
 def test_a_job_that_stays_where_it_is_keeps_its_place_on_paper_whatever_comes_behind_it():
-    shadow = Shadow()
-    shadow.resize(2, 0.0)
+    shadow = overloaded(2)
     first, second = waiting("first", 0.0), waiting("second", 0.0)
     due(shadow, first, 30.0)
     before = due(shadow, second, 10.0)
     for n in range(50):
         due(shadow, waiting(f"j{n}", 1.0), 10.0)
     assert due(shadow, second, 10.0) == before
+
+
+def test_while_first_come_keeps_to_its_percentile_that_decides_and_in_overload_what_it_would_make_of_the_job():
+    shadow = Shadow()
+    for n in range(200):
+        job, work = waiting(f"settled {n}", 100.0 * n), 5.0 if n % 50 else 10.0
+        due(shadow, job, work)
+        over(shadow, job, 100.0 * n + work, work)
+    usual = due(shadow, waiting("usual", 20_000.0), 5.0) - 20_000.0
+    assert usual == pytest.approx(0.92 * 10.0 - 5.0, rel=0.05)
+    waits = [due(shadow, waiting(f"rush {n}", 20_001.0), 5.0) - 20_001.0 for n in range(6000)]
+    assert waits[20] == pytest.approx(usual), "a rush, as there are some"
+    assert waits[-1] == pytest.approx(0.85 * 6000 * 5.0, rel=0.05)
