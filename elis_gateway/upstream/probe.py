@@ -155,9 +155,7 @@ async def _parses(upstream: HttpUpstream, model: str) -> tuple[bool, bool]:
     calls = answer is not None
     if not calls:
         answer = await _ask(upstream, Call(_CHAT, orjson.dumps(body), False))
-    usage = answer.get("usage") if isinstance(answer, dict) else None
-    details = usage.get("completion_tokens_details") if isinstance(usage, dict) else None
-    return isinstance(details, dict) and details.get("reasoning_tokens") is not None, calls
+    return fields(fields(answer, "usage"), "completion_tokens_details").get("reasoning_tokens") is not None, calls
 
 
 async def _fingerprint(upstream: HttpUpstream, model: str) -> str | None:

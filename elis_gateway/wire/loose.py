@@ -1,6 +1,7 @@
 """JSON from a stranger: whatever is not of the shape that is looked for reads as empty, and nothing is raised.
 
-For questions to an upstream that may be anything: its answers to clients are read strictly, elsewhere.
+For questions to an upstream that may be anything, and for the parts of usage that are optional: what answers to clients
+consist of is read strictly, elsewhere.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from elis_gateway.wire import foreign
 from elis_gateway.wire.dialects import Boundary, Dialect, Lore, Mode
 from elis_gateway.wire.encode import Encoder, blank
 from elis_gateway.wire.ledger import Ledger
+from elis_gateway.wire.loose import fields
 from elis_gateway.wire.openai import Request
 from elis_gateway.wire.sse import DONE
 from elis_gateway.wire.stops import Pushed
@@ -622,14 +623,12 @@ _NOT_SEARCHED = Pushed("", None, False)
 
 def _reasoning(usage: dict[str, Any] | None) -> int:
     """Tokens that an engine counts as thoughts."""
-    details = (usage or {}).get("completion_tokens_details")
-    return (number(details.get("reasoning_tokens")) or 0) if isinstance(details, dict) else 0
+    return number(fields(usage, "completion_tokens_details").get("reasoning_tokens")) or 0
 
 
 def _cached(usage: dict[str, Any]) -> tuple[int, int] | None:
     """Cached tokens and all tokens of a call's prompt."""
-    details = usage.get("prompt_tokens_details")
-    cached = number(details.get("cached_tokens")) if isinstance(details, dict) else None
+    cached = number(fields(usage, "prompt_tokens_details").get("cached_tokens"))
     prompt = number(usage.get("prompt_tokens"))
     return None if cached is None or prompt is None else (cached, prompt)
 
