@@ -24,7 +24,18 @@ from loadtest.prompts import Prompt
 from loadtest.spec import Spec, parse
 from loadtest.workload import CAP, Request, Seeds, Workload, around, pool, trace
 
-__all__ = ["EXAMPLE_MIX", "App", "Plan", "describe", "make", "read_mix", "write_oracle", "write_replay"]
+__all__ = [
+    "EXAMPLE_MIX",
+    "App",
+    "Plan",
+    "about",
+    "check_pieces",
+    "describe",
+    "make",
+    "read_mix",
+    "write_oracle",
+    "write_replay",
+]
 
 _NEAREST = 5
 """A drawn length takes one of so many recorded answers around it."""
@@ -101,6 +112,8 @@ def read_mix(path: str | Path) -> tuple[App, ...]:
         app = App(**{"name": f"app{number}", **row})
         if not isinstance(app.share, int | float) or not app.share > 0:
             raise ConfigError(f"{where}: share: expected a number above 0, got {app.share!r}")
+        if app.max_tokens is not None and not (isinstance(app.max_tokens, int) and app.max_tokens > 0):
+            raise ConfigError(f"{where}: max_tokens: expected a whole number above 0, got {app.max_tokens!r}")
         apps.append(app)
     if len({app.name for app in apps}) < len(apps):
         raise ConfigError(f"mix {path}: two applications have the same name")
@@ -160,13 +173,15 @@ def _asked(plan: Plan, app: App, count: int, seeds: Seeds) -> list[_Asked]:
     of_lengths = random.Random(f"lengths {seeds.lengths} {app.name}")
     of_prompts = random.Random(f"prompts {seeds.prompts} {app.name}")
     texts = _texts(plan, app)
-    wanted, contexts = _wanted(plan, app, count, of_lengths)
+    wanted, contexts = _wanted(plan, app, count, of_lengths, seeds)
+    limit = _limit(plan, app)
     if wanted is None:
         own = [text for text in texts if text.tokens <= plan.longest]
         if not own:
             raise ConfigError(f"{app.prompts}: every answer is longer than {plan.longest} tokens")
         forced = bool(plan.forced)
-        return [_Asked(app, text, text.tokens, text.prompt_tokens, forced) for text in of_prompts.choices(own, k=count)]
+        chosen = of_prompts.choices(own, k=count)
+        return [_Asked(app, text, min(text.tokens, limit), text.prompt_tokens, forced) for text in chosen]
     matched = app.prompts == "pool"
     forced = plan.forced if plan.forced is not None else not (matched and _source(app, plan) == "azure")
     made = []
@@ -174,8 +189,13 @@ def _asked(plan: Plan, app: App, count: int, seeds: Seeds) -> list[_Asked]:
     for number, tokens in enumerate(wanted):
         text = texts[of_prompts.choice(around(sizes, tokens, _NEAREST))] if matched else of_prompts.choice(texts)
         size = contexts[number] if contexts is not None else text.prompt_tokens
-        made.append(_Asked(app, text, tokens if forced else text.tokens or tokens, size, forced))
+        made.append(_Asked(app, text, min(tokens if forced else text.tokens or tokens, limit), size, forced))
     return made
+
+
+def _limit(plan: Plan, app: App) -> int:
+    """What its clients send as the most to generate."""
+    return app.max_tokens or plan.longest
 
 
 def _texts(plan: Plan, app: App) -> Sequence[Prompt]:
@@ -193,7 +213,9 @@ def _source(app: App, plan: Plan) -> str:
     return "azure" if app.prompts == "pool" else "own"
 
 
-def _wanted(plan: Plan, app: App, count: int, rng: random.Random) -> tuple[list[int] | None, list[int] | None]:
+def _wanted(
+    plan: Plan, app: App, count: int, rng: random.Random, seeds: Seeds
+) -> tuple[list[int] | None, list[int] | None]:
     """Lengths of the answers and, from a trace, of the prompts; None: those recorded with the texts."""
     source = _source(app, plan)
     spec = parse(source, (*lengths.KINDS, "azure", "trace", "own"), "lengths")
@@ -208,7 +230,7 @@ def _wanted(plan: Plan, app: App, count: int, rng: random.Random) -> tuple[list[
         rows = traces.read(_file(spec))
         if source == (app.arrivals or plan.arrivals):
             # Row by row, as they came.
-            chosen = [rows[number % len(rows)] for number in range(_start(spec), _start(spec) + count)]
+            chosen = [rows[number % len(rows)] for number in _piece(spec, count, seeds)]
         else:
             chosen = rng.choices([row for row in rows if row.tokens <= plan.longest], k=count)
         return [min(row.tokens, plan.longest) for row in chosen], [row.prompt_tokens for row in chosen]
@@ -229,8 +251,23 @@ def _file(spec: Spec) -> str:
     return spec.rest[0]
 
 
-def _start(spec: Spec) -> int:
-    return int(spec.number("start", 0.0, above=-1.0))
+def _piece(spec: Spec, count: int, seeds: Seeds) -> range:
+    """Rows of a trace, wrapping around: each seed has a piece of its own, since the same arrivals again would be no
+    independent sample."""
+    start = int(spec.number("start", 0.0, above=-1.0)) + seeds.arrivals * count
+    return range(start, start + count)
+
+
+def check_pieces(arrivals_: str, count: int, seeds: int) -> None:
+    """Raises ConfigError where a trace is too short for ``count`` requests of every seed to be rows of their own."""
+    if seeds < 2 or not _is_trace(arrivals_):
+        return
+    rows = len(traces.read(_file(parse(arrivals_, ("trace",), "arrivals"))))
+    if count * seeds > rows:
+        raise ConfigError(
+            f"{arrivals_!r}: {rows} rows are no {seeds} independent workloads of {count} requests: fewer seeds, or "
+            "fewer requests"
+        )
 
 
 def _times(plan: Plan, app: App, count: int, rate: float | None, seeds: Seeds) -> list[float]:
@@ -238,7 +275,7 @@ def _times(plan: Plan, app: App, count: int, rate: float | None, seeds: Seeds) -
     text = app.arrivals or plan.arrivals
     spec = parse(text, (*arrivals.KINDS, "azure", "trace"), "arrivals")
     if spec.name == "trace":
-        return _replay(spec, count, rate)
+        return _replay(spec, count, rate, seeds)
     assert rate is not None
     if spec.name == "azure":
         spec.only()
@@ -246,13 +283,12 @@ def _times(plan: Plan, app: App, count: int, rate: float | None, seeds: Seeds) -
     return arrivals.draw(text, count, rate, rng)
 
 
-def _replay(spec: Spec, count: int, rate: float | None) -> list[float]:
+def _replay(spec: Spec, count: int, rate: float | None, seeds: Seeds) -> list[float]:
     """Consecutive rows of a trace, ``speed`` times as fast, or so fast that the mean rate is ``rate``; one that is too
     short starts over."""
     rows = traces.read(_file(spec))
-    start = _start(spec)
     turn = rows[-1].at + rows[-1].at / max(len(rows) - 1, 1)
-    at = [turn * (number // len(rows)) + rows[number % len(rows)].at for number in range(start, start + count)]
+    at = [turn * (number // len(rows)) + rows[number % len(rows)].at for number in _piece(spec, count, seeds)]
     at = [moment - at[0] for moment in at]
     if rate is None:
         speed = spec.number("speed", 1.0)
@@ -270,16 +306,15 @@ def _request(number: int, at: float, one: _Asked, plan: Plan) -> Request:
     if app.system:
         turns = (("system", app.system), *(turn for turn in turns if turn[0] != "system"))
         size += prompts.guess_tokens(app.system)
-    limit = app.max_tokens or plan.longest
     return Request(
         id=f"r{number:05d}",
         at=round(at, 6),
         prompt=text.prompt,
         prompt_tokens=size,
         answer=text.answer,
-        tokens=min(one.tokens, limit),
+        tokens=one.tokens,
         app=app.name or text.app,
-        max_tokens=limit,
+        max_tokens=_limit(plan, app),
         turns=turns,
         forced=one.forced,
     )
@@ -328,31 +363,40 @@ def _line(name: str, ours: list[Request]) -> list[str]:
     variation = pstdev(gaps) / fmean(gaps) if rate is not None else None
     tokens = sorted(request.tokens for request in ours)
 
-    def at(q: float) -> Any:
-        # A percentile of a file, not an estimate of anything: the sample is the whole.
-        return tokens[min(int(q * len(tokens)), len(tokens) - 1)]
-
     numbers: list[Any] = [
         len(ours),
         "–" if rate is None else f"{rate:.3g}",
         "–" if variation is None else f"{variation:.2f}",
         f"{fmean(request.prompt_tokens for request in ours):.0f}",
         f"{fmean(tokens):.0f}",
-        at(0.5),
-        at(0.9),
-        at(0.99),
+        _at(tokens, 0.5),
+        _at(tokens, 0.9),
+        _at(tokens, 0.99),
         tokens[-1],
         f"{sum(request.forced for request in ours) / len(ours):.0%}",
     ]
     return [name, *map(str, numbers)]
 
 
+def _at(ordered: Sequence[int], q: float) -> int:
+    """A percentile of a file, not an estimate of anything: the sample is the whole."""
+    return ordered[min(int(q * len(ordered)), len(ordered) - 1)]
+
+
 def about(workload: Workload) -> dict[str, Any]:
     """The same in a few numbers, for a summary."""
     span = workload.requests[-1].at - workload.requests[0].at
+    lengths_ = sorted(request.tokens for request in workload.requests)
     return {
         "requests": len(workload.requests),
         "tokens": workload.tokens,
+        "answer_tokens": {
+            "mean": round(fmean(lengths_), 1),
+            "p50": _at(lengths_, 0.5),
+            "p90": _at(lengths_, 0.9),
+            "max": lengths_[-1],
+        },
+        "forced": round(sum(request.forced for request in workload.requests) / len(lengths_), 3),
         "seconds": round(span, 3),
         "tokens_per_second": round(workload.tokens / span, 2) if span > 0 else None,
     }

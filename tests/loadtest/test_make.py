@@ -178,6 +178,14 @@ def test_a_load_is_of_the_lengths_drawn() -> None:
     assert all(request.forced for request in work.requests)
 
 
+def test_a_load_is_of_what_the_limits_leave_of_the_lengths() -> None:
+    apps = (App("a", lengths="constant:tokens=900", max_tokens=100), App("b", lengths="constant:tokens=300"))
+    work = made(rate=None, load=0.8, capacity=300.0, arrivals="constant", apps=apps)
+    assert {(r.app, r.tokens) for r in work.requests} == {("a", 100), ("b", 300)}
+    assert work.about["mean_tokens"] == 200
+    assert work.tokens / work.requests[-1].at == pytest.approx(240, rel=1e-3)
+
+
 def test_a_mix_keeps_its_applications_apart(tmp_path: Path) -> None:
     path = tmp_path / "mix.yaml"
     path.write_text(
@@ -205,6 +213,7 @@ def test_a_mix_keeps_its_applications_apart(tmp_path: Path) -> None:
         ("[{shar: 1}]", "unknown key 'shar'"),
         ("[{share: 0}]", "above 0"),
         ("[{name: a}, {name: a}]", "the same name"),
+        ("[{max_tokens: 0}]", "a whole number above 0"),
     ],
 )
 def test_a_mix_that_is_wrong_is_refused(tmp_path: Path, text: str, said: str) -> None:
@@ -226,6 +235,20 @@ def test_a_trace_is_replayed_row_by_row_at_any_speed(tmp_path: Path) -> None:
     assert 49 / scaled.requests[-1].at == pytest.approx(10.0)
     with pytest.raises(ConfigError, match="leave it out"):
         made(rate=10.0, arrivals=f"trace:{path},speed=2")
+
+
+def test_every_seed_replays_a_piece_of_a_trace_of_its_own(tmp_path: Path) -> None:
+    """The same arrivals and lengths five times over would give an interval of nothing."""
+    path = tmp_path / "azure.csv"
+    path.write_text(TRACE)
+    pieces = [made(Seeds.all(n), rate=None, requests=10, arrivals=f"trace:{path},start=3") for n in range(3)]
+    assert [piece.requests[0].tokens for piece in pieces] == [61, 261, 461]
+    assert len({request.tokens for piece in pieces for request in piece.requests}) == 30
+    make.check_pieces(f"trace:{path},start=3", 10, 3)
+    make.check_pieces(f"trace:{path}", 100, 1)  # one workload may start over
+    make.check_pieces("poisson", 100, 10)
+    with pytest.raises(ConfigError, match="30 rows are no 4 independent workloads of 10"):
+        make.check_pieces(f"trace:{path}", 10, 4)
 
 
 @pytest.mark.parametrize("text", ["a,b\n1,2\n", TRACE.replace("101", "x", 1).replace("100", "x"), TRACE.split("\n")[0]])
