@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from elis_gateway.errors import MissingExtra
-from loadtest.options import Work, work_options
+from loadtest.options import DRAWN, Work, work_options
 
 __all__ = ["cli"]
 
 _AT_LEAST_ONE = click.IntRange(min=1)
 _ABOVE_ZERO = click.FloatRange(min=0, min_open=True)
+_LIVE = frozenset(("users", "model", "admin", "admin_key", "timeout", "max_lag", "headers", "body"))
+_SIMULATED = frozenset(("predictor", "workers", "delay"))
+"""Options that mean nothing to the other kind of target."""
 
 
 @click.group()
@@ -69,6 +73,11 @@ def demo(real: bool, modelled: bool) -> None:
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="Folder.  [default: runs/TIME]")
 @click.option("--model", help="Model to ask for.  [default: the server's first]")
 @click.option("--admin", metavar="URL", help="The gateway's admin listener.  [default: the target's host, port 8081]")
+@click.option(
+    "--admin-key",
+    envvar="ELIS_ADMIN_KEY",
+    help="Key of the admin listener, where it asks for one.  [env: ELIS_ADMIN_KEY]",
+)
 @click.option("--closed", "users", type=_AT_LEAST_ONE, help="Closed loop of so many users; labelled as such.")
 @click.option(
     "--timeout",
@@ -135,9 +144,24 @@ def run(
         body=_fields(body),
         **given,
     )
+    _refuse_pointless(simulated=options.simulated, frozen=workload is not None)
     _, experiment = running.execute(options, work, Screen())
     if not experiment.valid:
         sys.exit(1)
+
+
+def _refuse_pointless(*, simulated: bool, frozen: bool) -> None:
+    """An option without effect would be believed to have had one."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        name = str(option.name)
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        if name in (_LIVE if simulated else _SIMULATED):
+            kind = "in virtual time" if simulated else "with a live target"
+            raise click.UsageError(f"{option.opts[0]} has no effect {kind}: leave it out")
+        if frozen and name in DRAWN:
+            raise click.UsageError(f"{option.opts[0]} has no effect on a frozen workload: leave it out")
 
 
 def _objectives(given: tuple[str, ...]) -> Any:
@@ -208,8 +232,9 @@ def compare_stored(ours: str, theirs: str, fail_above: tuple[str, ...], fail_bel
     elis-gateway loadtest compare runs/new runs/old --fail-above jct.mean=1.05 --fail-above jct.p90=1.1
     elis-gateway loadtest compare runs/both:isrtf runs/both:fcfs
 
-    Figures: jct.mean, jct.p50, jct.p90, jct.p99, jct.max, wait.mean, ttft.mean, ttft.p90, tpot.mean, slowdown.mean,
-    slowdown.longest_decile, throughput.tokens_per_second, goodput.share.
+    A run that is incomplete or invalid keeps no limit. Figures: jct.mean, jct.p50, jct.p90, jct.p99, jct.max,
+    wait.mean, ttft.mean, ttft.p90, tpot.mean, slowdown.mean, slowdown.longest_decile, throughput.tokens_per_second,
+    goodput.share.
     """
     try:
         from loadtest import stored
@@ -219,10 +244,11 @@ def compare_stored(ours: str, theirs: str, fail_above: tuple[str, ...], fail_bel
     limits = [stored.limit(text, above=True) for text in fail_above]
     limits += [stored.limit(text, above=False) for text in fail_below]
     found = stored.compared(ours, theirs)
-    Screen().table(*stored.rows(found))
-    for line in (said := stored.broken(found, limits)):
+    Screen().table(*stored.rows(found.differences))
+    said = stored.broken(found.differences, limits)
+    for line in (*found.faults, *said):
         click.echo(line, err=True)
-    if said:
+    if said or (limits and not found.valid):
         sys.exit(1)
 
 

@@ -51,6 +51,12 @@ class Arm:
     runs: dict[int, Run] = field(default_factory=dict)
     figures: dict[int, dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def whole(self) -> set[int]:
+        """Seeds whose run was followed to its end. Of one that was stopped the long answers are missing, which flatters
+        whoever serves the short ones first."""
+        return {seed for seed, run in self.runs.items() if run.complete}
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -68,7 +74,7 @@ class Difference:
     worst: list[dict[str, Any]]
     """Requests that got slowest, by factor."""
     unequal: int
-    """Requests whose answers differ in length: not the same work."""
+    """Requests whose answers differ in length, or that only one of the two completed: not the same work."""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -97,10 +103,11 @@ def _json(found: Comparison) -> dict[str, Any]:
 
 
 def contrast(arm: Arm, base: Arm) -> Difference:
-    """Compare on the seeds that both have. Raises ConfigError where there is none, or their workloads differ."""
-    seeds = tuple(sorted(set(arm.runs) & set(base.runs)))
+    """Compare on the seeds that both ran to their end. Raises ConfigError where there is none, or their workloads
+    differ."""
+    seeds = tuple(sorted(arm.whole & base.whole))
     if not seeds:
-        raise ConfigError(f"{arm.name} and {base.name} have no seed in common")
+        raise ConfigError(f"{arm.name} and {base.name} have no seed in common that both ran to its end")
     for seed in seeds:
         ours, theirs = arm.runs[seed].workload, base.runs[seed].workload
         if ours != theirs:
@@ -114,7 +121,7 @@ def contrast(arm: Arm, base: Arm) -> Difference:
         _wins([pair for found in pairs.values() for pair in found]),
         _by_decile(list(pairs.values())),
         _worst(pairs),
-        sum(ours.tokens != theirs.tokens for found in pairs.values() for ours, theirs in found),
+        sum(_unequal([arm.runs[seed], base.runs[seed]]) for seed in seeds),
     )
 
 
@@ -177,11 +184,14 @@ def _worst(pairs: Mapping[int, Sequence[Pair]]) -> list[dict[str, Any]]:
 
 
 def unequal_work(arms: Sequence[Arm]) -> int:
-    """Requests that got answers of different length under two of the settings."""
-    lengths: dict[tuple[int, str], set[int]] = {}
-    for arm in arms:
-        for seed, run in arm.runs.items():
-            for row in run.rows:
-                if not row.error:
-                    lengths.setdefault((seed, row.id), set()).add(row.tokens)
+    """Requests that got answers of different length under two of the settings, or none under one of them."""
+    seeds = set().union(*(arm.whole for arm in arms))
+    return sum(_unequal([arm.runs[seed] for arm in arms if seed in arm.whole]) for seed in seeds)
+
+
+def _unequal(runs: Sequence[Run]) -> int:
+    lengths: dict[str, set[int | None]] = {}
+    for run in runs:
+        for row in run.rows:
+            lengths.setdefault(row.id, set()).add(None if row.error else row.tokens)
     return sum(len(found) > 1 for found in lengths.values())

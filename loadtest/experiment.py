@@ -26,7 +26,7 @@ from loadtest.stats import percentile
 from loadtest.targets import HttpTarget, Steering, simulated
 from loadtest.workload import Request, Workload
 
-__all__ = ["MAX_LAG", "Experiment", "Live", "Planned", "Simulated", "conduct", "plan"]
+__all__ = ["MAX_LAG", "Experiment", "Live", "Planned", "Simulated", "conduct", "plan", "switchable"]
 
 MAX_LAG = 0.05
 """Seconds: a run whose 99th percentile of lag is above measured the load generator as well."""
@@ -167,6 +167,17 @@ class Simulated:
         )
 
 
+def switchable(name: str) -> None:
+    """Raises ConfigError for a setting that a running gateway cannot take over."""
+    if name == PERFECT:
+        raise ConfigError("a live gateway knows only what its predictor knows: use predictor.kind oracle for perfect")
+    if name != AS_IT_IS and setting(name).tail is not None:
+        raise ConfigError(
+            f"{name}: the tail promise of a running gateway cannot be switched; set scheduler.tail in its "
+            "configuration and compare stored runs"
+        )
+
+
 class Live:
     """A server, switched through its admin listener where it has one."""
 
@@ -193,16 +204,8 @@ class Live:
 
     async def make(self, planned: Planned, workload: Workload, stop: Stop) -> Run:
         about: dict[str, Any] = {}
-        if planned.setting == PERFECT:
-            raise ConfigError(
-                "a live gateway knows only what its predictor knows: use predictor.kind oracle for perfect"
-            )
+        switchable(planned.setting)
         if planned.setting != AS_IT_IS:
-            if setting(planned.setting).tail is not None:
-                raise ConfigError(
-                    f"{planned.setting}: the tail promise of a running gateway cannot be switched; set scheduler.tail "
-                    "in its configuration and compare stored runs"
-                )
             if self._steering is None:
                 raise ConfigError("to switch the gateway between runs its admin listener is needed: --admin URL")
             about["policy"] = await self._steering.use(ordering(setting(planned.setting, window=self._window)))

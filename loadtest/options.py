@@ -15,7 +15,7 @@ from elis_gateway.errors import ConfigError
 if TYPE_CHECKING:
     from loadtest.workload import Seeds, Workload
 
-__all__ = ["Work", "work_options"]
+__all__ = ["DRAWN", "Work", "work_options"]
 
 _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -28,7 +28,7 @@ _OPTIONS = (
         metavar="PROCESS",
         help="constant | poisson | gamma | onoff:on=10,off=20[,idle=0.1] | ramp:from=0.5,to=2 | "
         "stages:60@0.5,60@2 (seconds @ times the rate) | once | azure (shipped trace, scaled) | "
-        "trace:FILE[,speed=2][,start=1000] (Azure's CSV format).",
+        "trace:FILE[,speed=2][,start=1000] (Azure's CSV format; each seed takes the next piece of it).",
     ),
     click.option(
         "--gamma-shape", default=1.0, show_default=True, help="Of gamma arrivals; below 1 is burstier than Poisson."
@@ -87,6 +87,8 @@ _NAMES = (
     "num_requests", "arrivals", "gamma_shape", "gamma_scale", "rate", "load", "capacity", "prompts", "turns", "lengths",
     "mix", "longest", "forced", "seed", "arrivals_seed", "lengths_seed", "prompts_seed",
 )  # fmt: skip
+DRAWN = frozenset(_NAMES) - {"seed"}
+"""Options that a frozen workload has no use for. (The seed still says what a simulated predictor happens to know.)"""
 
 
 @dataclass(frozen=True)

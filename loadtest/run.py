@@ -25,10 +25,11 @@ from elis_gateway.errors import ConfigError, GatewayError, UpstreamUnavailable
 from elis_gateway.sim.model import EngineModel
 from loadtest import calibrate, runner, store, targets
 from loadtest.client import Client
-from loadtest.experiment import AS_IT_IS, MAX_LAG, Experiment, Live, Planned, Simulated, conduct, plan
+from loadtest.experiment import AS_IT_IS, MAX_LAG, Experiment, Live, Planned, Simulated, conduct, plan, switchable
 from loadtest.figures import Objectives
 from loadtest.knowledge import Knowledge
 from loadtest.live import Screen, Watch, figure
+from loadtest.make import check_pieces
 from loadtest.options import Work
 from loadtest.records import Row, Run
 from loadtest.settings import LABELS, PERFECT, setting
@@ -40,6 +41,8 @@ __all__ = ["Options", "calibrate_to", "execute"]
 
 GAPS_UP_TO = 2_000_000
 """Tokens of a workload up to which every time between two deltas is kept."""
+_SIMULATED = {"predictor", "workers", "delay"}
+"""Options that say nothing about a live run."""
 _PAST = 100_000
 """What a simulated history has seen was drawn with seeds from here on: never those of a run."""
 
@@ -62,6 +65,7 @@ class Options:
     # live
     model: str | None = None
     admin: str | None = None
+    admin_key: str | None = None
     users: int | None = None
     patience: float = 600.0
     max_lag: float = MAX_LAG
@@ -82,8 +86,12 @@ def execute(options: Options, work: Work, screen: Screen) -> tuple[Path, Experim
     """Run everything, store it, print it. Raises GatewayError where it cannot even begin."""
     for name in options.settings:
         setting(name)  # before anything is started
+        if not options.simulated:
+            switchable(name)
     if len(set(options.settings)) < len(options.settings):
         raise ConfigError("the same setting twice: the second run of an A/A pair comes by itself (--aa)")
+    if options.workload is None:
+        check_pieces(work.arrivals, work.num_requests, options.seeds)
     folder = store.new_folder(options.output)
     if options.simulated:
         experiment = _simulate(options, work, screen)
@@ -123,7 +131,8 @@ def _experiment(options: Options, workloads: dict[int, Workload], config: dict[s
     again = None
     if options.again or (options.again is None and len(names) > 1):
         again = _again(names) if options.simulated else names[0]
-    given = {key: value for key, value in asdict(options).items() if key not in ("headers", "settings")}
+    hidden = {"headers", "admin_key", "settings"} | (set() if options.simulated else _SIMULATED)
+    given = {key: value for key, value in asdict(options).items() if key not in hidden}
     return Experiment(
         {**given, "settings": names, **config},
         "sim" if options.simulated else "live",
@@ -207,7 +216,7 @@ async def _live(options: Options, work: Work, screen: Screen) -> Experiment:
     if not options.settings:
         options = replace(options, settings=(AS_IT_IS,))
     switching = options.settings != (AS_IT_IS,)
-    async with Client(options.target, options.headers) as client, Client(_admin(options)) as admin:
+    async with Client(options.target, options.headers) as client, Client(_admin(options), _key(options)) as admin:
         model = options.model or await _first_model(client)
         steering = Steering(admin) if switching or options.admin else None
         before = await steering.policy() if steering is not None else None
@@ -253,11 +262,24 @@ async def _live(options: Options, work: Work, screen: Screen) -> Experiment:
         with _until_told(asyncio.get_running_loop()) as stop:
             try:
                 await conduct(experiment, target, stop=stop, on_run=lambda one, run: _line(screen, watch, one, run))
+            except GatewayError as error:
+                if not experiment.runs:
+                    raise
+                # Hours of runs may be done: they are worth more than the reason why there are no more.
+                watch.end()
+                screen.say(f"stopped: {error}; what is done is kept, marked incomplete")
             finally:
                 watch.end()
                 if switching and steering is not None and before is not None:
-                    await steering.use(before)
+                    await _switch_back(steering, before, screen)
         return experiment
+
+
+async def _switch_back(steering: Steering, before: Mapping[str, Any], screen: Screen) -> None:
+    try:
+        await steering.use(before)
+    except GatewayError as error:
+        screen.say(f"the gateway's policy could not be put back to what it was: {error}")
 
 
 def _line(screen: Screen, watch: Watch, planned: Planned, run: Run) -> None:
@@ -276,6 +298,10 @@ def _admin(options: Options) -> str:
         return options.admin
     parts = urlsplit(options.target)
     return f"{parts.scheme}://{parts.hostname}:8081"
+
+
+def _key(options: Options) -> dict[str, str]:
+    return {"Authorization": f"Bearer {options.admin_key}"} if options.admin_key else {}
 
 
 async def _first_model(client: Client) -> str:
@@ -396,6 +422,8 @@ def _announce(screen: Screen, experiment: Experiment) -> None:
         f"{experiment.config['target']}: {len(first.requests)} requests a run, {first.tokens} tokens{offered}; "
         f"{len(experiment.workloads)} workload seed{'s' * (len(experiment.workloads) > 1)}"
     )
+    if (users := experiment.config.get("users")) is not None:
+        screen.say(f"  closed loop of {users} users: arrivals wait for answers")
     for name in experiment.settings:
         screen.say(f"  {name:16s} {LABELS.get(name, 'the server as it is')}")
     if experiment.again:

@@ -68,6 +68,15 @@ async def run(
     halt = Stop() if stop is None else stop
     sent: list[Row] = []
     tasks: list[asyncio.Task[None]] = []
+
+    async def due(request: Request, row: Row) -> None:
+        # Now, not when the task was made: of many that are due at once the last must wait for the first, and a
+        # generator with too much to do is late here too.
+        row.sent = clock() - start
+        if on_sent is not None:
+            on_sent(row)
+        await _one(target, request, row, patience, on_end)
+
     for request in workload.requests:
         while (delay := request.at - (clock() - start)) > 0:
             # A timer is late by up to a millisecond; what is due by then leaves together. Passing the time in turns of
@@ -79,9 +88,7 @@ async def run(
             break
         row = _row(request, request.at, clock() - start)
         sent.append(row)
-        if on_sent is not None:
-            on_sent(row)
-        tasks.append(spawn(_one(target, request, row, patience, on_end), name="loadtest request"))
+        tasks.append(spawn(due(request, row), name="loadtest request"))
     complete = await _settle(tasks, sent, halt)
     return Run(name, workload.hash, sent, complete=complete, unsent=len(workload.requests) - len(sent))
 

@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -165,6 +166,7 @@ def introduction(experiment: Experiment) -> list[str]:
         f"target: {experiment.config.get('target', experiment.target)}"
         + (f", {engine.slots} slots, in virtual time" if engine is not None else ", live"),
         f"work: {about['requests']} requests, {about['tokens']} tokens over {about['seconds']:.0f} s (first seed)",
+        answers(about, live=engine is None),
         f"workloads (seed, hash): {', '.join(f'{s} {w.hash}' for s, w in experiment.workloads.items())}",
         f"settings: {', '.join(experiment.settings)}"
         + (f"; {experiment.again} twice, as the noise floor" if experiment.again else ""),
@@ -176,9 +178,21 @@ def introduction(experiment: Experiment) -> list[str]:
         )
     if engine is not None:
         lines.append(f"engine model: {engine.about or 'no word of where its numbers come from'}")
-    if knowledge := experiment.config.get("predictor"):
+    if engine is not None and (knowledge := experiment.config.get("predictor")):
         lines.append(f"predictor: {knowledge}")
     return lines
+
+
+def answers(about: Mapping[str, Any], *, live: bool) -> str:
+    """How long the answers are, in words: what a gain depends on more than on anything else."""
+    tokens, forced = about["answer_tokens"], about["forced"]
+    if not tokens["max"]:
+        return "answers: of unknown length"
+    said = f"answers: {tokens['mean']:.0f} tokens on average, median {tokens['p50']}, p90 {tokens['p90']}, longest "
+    said += f"{tokens['max']}; " + (f"{forced:.0%} of forced length" if forced else "none of forced length")
+    if forced and live:
+        said += ", which every predictor sees in max_tokens: this judges orders, not predictors"
+    return said
 
 
 def _lines(experiment: Experiment, arms: dict[str, Arm]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from loadtest.figures import alone_in, alone_on, figures
 from loadtest.stats import Comparison
 from loadtest.tables import ratio
 
-__all__ = ["Limit", "broken", "compared", "limit", "rows"]
+__all__ = ["Held", "Limit", "broken", "compared", "limit", "rows"]
 
 
 class Limit(NamedTuple):
@@ -32,6 +33,16 @@ class Limit(NamedTuple):
         return f"{self.metric} {'at most' if self.above else 'at least'} {self.value:g}"
 
 
+class Held(NamedTuple):
+    """Two stored runs, held against each other."""
+
+    differences: list[Difference]
+    faults: list[str]
+    """What makes the figures of either invalid or partial, in words."""
+    valid: bool
+    """Every run that was compared is complete, and none of them lagged."""
+
+
 def limit(text: str, *, above: bool) -> Limit:
     """From ``jct.mean=1.05``. Raises ConfigError."""
     name, _, value = text.partition("=")
@@ -43,7 +54,7 @@ def limit(text: str, *, above: bool) -> Limit:
         raise ConfigError(f"limit {text!r}: expected {name}=RATIO") from None
 
 
-def compared(ours: str, theirs: str) -> list[Difference]:
+def compared(ours: str, theirs: str) -> Held:
     """The first against the second, each ``FOLDER`` or ``FOLDER:SETTING``. Of folders with several settings those
     of the same name are compared.
 
@@ -62,7 +73,20 @@ def compared(ours: str, theirs: str) -> list[Difference]:
         for arm in arms.values():
             for seed, run in arm.runs.items():
                 arm.figures[seed] = figures(run, objectives=left.objectives, alone=alone, interval=side.window)
-    return [contrast(a, b) for a, b in _pairs(our_arms, their_arms, our_setting, their_setting, (ours, theirs))]
+    pairs = _pairs(our_arms, their_arms, our_setting, their_setting, (ours, theirs))
+    differences = [contrast(a, b) for a, b in pairs]
+    sides = [
+        (name, replace(side, runs=[run for pair in pairs for run in pair[n].runs.values()]))
+        for n, (name, side) in enumerate(((ours, left), (theirs, right)))
+    ]
+    faults = [f"{name}: {fault}" for name, side in sides for fault in side.faults()]
+    faults += [
+        f"{d.arm} and {d.base}: {d.unequal} requests got answers of different length, or under one of the two alone: "
+        "not equal work"
+        for d in differences
+        if d.unequal
+    ]
+    return Held(differences, faults, all(side.valid for _, side in sides))
 
 
 def _opened(text: str) -> tuple[Experiment, str | None]:
@@ -96,7 +120,7 @@ def rows(found: Sequence[Difference]) -> tuple[list[str], list[list[str]]]:
     heads = ["ratio", *(d.arm if d.arm == d.base else f"{d.arm} / {d.base}" for d in found)]
     body = [[METRICS[name], *(ratio(d.metrics.get(name)) for d in found)] for name in names]
     body.append(["requests that ended sooner", *(f"{d.wins:.0%}" for d in found)])
-    body.append(["requests of other length", *(str(d.unequal) for d in found)])
+    body.append(["requests of unequal work", *(str(d.unequal) for d in found)])
     return heads, body
 
 

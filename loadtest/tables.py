@@ -26,6 +26,7 @@ _SHOWN: tuple[tuple[str, str, int], ...] = (
     ("throughput.tokens_per_second", "tok/s", 0),
     ("preemptions", "preempt", 0),
     ("calls", "calls", 0),
+    ("requests.completed", "completed", 0),
     ("requests.failed", "failed", 0),
 )
 _COMPARED = {
@@ -38,6 +39,10 @@ _COMPARED = {
     "slowdown.longest_decile": "longest tenth",
     "goodput.share": "goodput",
 }
+
+
+_SEEDS = {"sim": 10, "live": 5}
+"""Workload seeds that a result should rest on, at least."""
 
 
 class Table(NamedTuple):
@@ -57,11 +62,11 @@ def ratio(found: Comparison | None) -> str:
 
 
 def differences(experiment: Experiment, arms: Mapping[str, Arm]) -> list[Difference]:
-    """Every other arm against the base, the A/A pair against its own setting."""
+    """Every other arm against the base, the A/A pair against its own setting; on runs that came to their end."""
     found = []
     for name, arm in arms.items():
         base = name.removesuffix(f" {AGAIN}") if name.endswith(f" {AGAIN}") else experiment.base
-        if name != base and base in arms and set(arm.runs) & set(arms[base].runs):
+        if name != base and base in arms and arm.whole & arms[base].whole:
             found.append(contrast(arm, arms[base]))
     return found
 
@@ -93,8 +98,10 @@ def _comparison(experiment: Experiment, found: Sequence[Difference]) -> Table:
         for difference in found
     ]
     seeds = max((metric.seeds for difference in found for metric in difference.metrics.values()), default=1)
+    enough = _SEEDS[experiment.target]
+    few = f", fewer than the {enough} that a result should rest on" if seeds < enough else ""
     note = (
-        f"Under 1 is less. ± is a 95 % interval over {seeds} workload seeds, paired by seed. "
+        f"Under 1 is less. ± is a 95 % interval over {seeds} workload seeds, paired by seed{few}. "
         if seeds > 1
         else "One workload seed: no interval, an example rather than a measurement. "
     )
@@ -113,8 +120,9 @@ def _figures(experiment: Experiment, arms: Mapping[str, Arm]) -> Table:
         for entry in _SHOWN
         if any(entry[0] in flat(figures) for arm in arms.values() for figures in arm.figures.values())
     ]
-    made = [set(arm.figures) for arm in arms.values()]
-    # A run that was stopped has more seeds of some arms than of others: means over different work compare nothing.
+    # Where the runs were stopped there are more seeds of some arms than of others, and runs without their long answers:
+    # means over different work compare nothing.
+    made = [arm.whole for arm in arms.values()]
     common = set.intersection(*made) if made else set()
     rows = []
     for name, arm in arms.items():
@@ -122,7 +130,9 @@ def _figures(experiment: Experiment, arms: Mapping[str, Arm]) -> Table:
         rows.append([name, *(_cell(each, path, digits) for path, _, digits in shown)])
     note = "Means over seeds of each run's figure. A dash: fewer than ten samples beyond that percentile."
     if common and any(seeds != common for seeds in made):
-        note += f" Only the {len(common)} of {len(set.union(*made))} seeds that every setting was run with."
+        note += f" Only the {len(common)} of {len(set.union(*made))} seeds that every setting ran to the end."
+    if not common and len(arms) > 1:
+        note += " No seed was run to its end under every setting: these are of different work, and compare nothing."
     if experiment.target == "live" and not any(
         run.legs for arm in arms.values() for r in arm.runs.values() for run in r.rows
     ):
@@ -192,8 +202,14 @@ def _worst(found: Sequence[Difference]) -> Table:
 def verdict(experiment: Experiment, arms: Mapping[str, Arm]) -> list[str]:
     """What to know before believing the tables, and what they come to, in sentences."""
     said = list(experiment.faults())
+    if (users := next((run.users for run in experiment.runs if run.users is not None), None)) is not None:
+        said.append(
+            f"closed loop of {users} users: arrivals waited for answers, latencies are not those of open traffic"
+        )
     if unequal := unequal_work(list(arms.values())):
-        said.append(f"{unequal} requests got answers of different length under different settings: not equal work")
+        said.append(
+            f"{unequal} requests got answers of different length, or none, under different settings: not equal work"
+        )
     for difference in differences(experiment, arms):
         found = difference.metrics.get("jct.mean")
         if found is None:

@@ -172,6 +172,22 @@ def test_only_equal_work_is_compared() -> None:
     ours, theirs = arm("a", {0: 1.0}), arm("b", {0: 1.0})
     ours.runs[0].rows[3].tokens += 1
     assert contrast(ours, theirs).unequal == unequal_work([ours, theirs]) == 1
+    # Who refuses the long ones is quicker with the rest.
+    ours.runs[0].rows[39].error = "status 503"
+    assert contrast(ours, theirs).unequal == unequal_work([ours, theirs]) == 2
+    theirs.runs[0].rows[39].error = "timeout"
+    assert contrast(ours, theirs).unequal == unequal_work([ours, theirs]) == 1
+
+
+def test_a_run_that_was_stopped_is_compared_with_nothing() -> None:
+    """Its long answers are missing, which flatters whoever serves the short ones first."""
+    ours, theirs = arm("a", {0: 1.0, 1: 1.0}), arm("b", {0: 1.0, 1: 1.0})
+    ours.runs[1].complete = False
+    assert contrast(ours, theirs).seeds == (0,)
+    ours.runs[0].complete = False
+    with pytest.raises(ConfigError, match="ran to its end"):
+        contrast(ours, theirs)
+    assert unequal_work([ours, theirs]) == 0
 
 
 def test_equal_arms_seldom_differ() -> None:

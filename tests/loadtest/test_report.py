@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from loadtest import store
 from loadtest.records import Leg, Row, Run
 from loadtest.report.plots import draw, lanes, waiting
 from loadtest.report.style import FIGURE, SIZES, adapt
-from loadtest.tables import tables
+from loadtest.tables import tables, verdict
 
 
 def command(*args: str) -> Result:
@@ -177,6 +178,62 @@ def test_a_broken_limit_is_said_and_is_the_exit_status(folder: Path) -> None:
     result = command("compare", f"{folder}:perfect", f"{folder}:fcfs", "--fail-above", "jct.p99=2.0")
     assert result.exit_code == 1
     assert "too few samples" in result.output
+
+
+def changed(folder: Path, into: Path, change: Callable[[Run], None]) -> str:
+    """The stored run, with something done to every run of isrtf."""
+    experiment = store.read(folder)
+    for run in experiment.runs:
+        if run.setting == "isrtf":
+            change(run)
+    experiment.complete = all(run.complete for run in experiment.runs)
+    store.write(into, experiment)
+    return f"{into}:isrtf"
+
+
+def test_what_was_stopped_or_lagged_keeps_no_limit(folder: Path, tmp_path: Path) -> None:
+    limits = ("--fail-above", "jct.mean=9")
+
+    def stopped(run: Run) -> None:
+        run.complete = run.seed == 0
+
+    def lagged(run: Run) -> None:
+        for row in run.rows:
+            row.sent += 1.0
+
+    def refused(run: Run) -> None:
+        run.rows[7].error = "status 503"
+
+    for change, said, status in (
+        (stopped, "stopped with 0 requests unfinished", 1),
+        (lagged, "lagged by 1000 ms (p99): invalid", 1),
+        (refused, "requests got answers of different length, or under one of the two alone", 0),
+    ):
+        name = changed(folder, tmp_path / change.__name__, change)
+        result = command("compare", name, f"{folder}:fcfs", *limits)
+        assert (said in result.output, result.exit_code) == (True, status), result.output
+        assert command("compare", name, f"{folder}:fcfs").exit_code == 0
+    assert command("compare", f"{folder}:isrtf", f"{folder}:fcfs", *limits).exit_code == 0
+
+
+def test_a_stopped_run_is_told_of_and_compared_with_nothing(folder: Path) -> None:
+    experiment = store.read(folder)
+    experiment.complete = False
+    for run in experiment.runs:
+        run.complete = run.setting != "isrtf"
+    said = verdict(experiment, experiment.arms())
+    assert any("isrtf, seed 0: stopped" in line for line in said)
+    assert not any(line.startswith("isrtf: ") for line in said)
+    assert any(line.startswith("perfect: ") for line in said)
+
+
+def test_the_report_says_how_long_answers_are_and_how_many_seeds_there_ought_to_be(folder: Path) -> None:
+    experiment = store.read(folder)
+    told = "\n".join(store.introduction(experiment))
+    lengths = sorted(request.tokens for request in experiment.workloads[0].requests)
+    assert f"median {lengths[50]}, p90 {lengths[90]}, longest {lengths[-1]}; none of forced length" in told
+    assert "predictor: noisy:0.6" in told
+    assert "fewer than the 10 that a result should rest on" in tables(experiment, experiment.arms())[0].note
 
 
 @pytest.mark.parametrize(

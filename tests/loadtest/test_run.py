@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
+from elis_gateway.access import hashed
 from elis_gateway.cli import cli
 from elis_gateway.errors import ConfigError, GatewayError
 from elis_gateway.sim.engine import EngineModel
@@ -25,6 +28,7 @@ from loadtest.options import Work
 from loadtest.records import Row, Run
 from loadtest.runner import Stop
 from loadtest.tables import verdict
+from loadtest.targets import Steering
 from loadtest.workload import Request, Seeds, Workload, azure
 from tests.gateway.world import paced, world
 from tests.upstream.autojump import run as virtually
@@ -111,12 +115,50 @@ def test_a_folder_that_was_changed_is_refused(tmp_path: Path) -> None:
         (["--body", "[]"], "expected a JSON object"),
         (["--header", "x"], "expected NAME:VALUE"),
         (["--rate", "-1"], "expected more than 0"),
+        (["--closed", "4"], "--closed has no effect in virtual time"),
+        (["--max-lag", "1"], "--max-lag has no effect in virtual time"),
     ],
 )
 def test_what_makes_no_sense_is_said(tmp_path: Path, args: list[str], said: str) -> None:
     result = command("run", "--target", "sim", "--num-requests", "5", "--output", str(tmp_path / "x"), *args)
     assert result.exit_code == 2
     assert said in result.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--predictor", "perfect"], "--predictor has no effect with a live target"),
+        (["--compare", "fcfs,perfect"], "use predictor.kind oracle"),
+        (["--compare", "fcfs,isrtf-tail"], "cannot be switched"),
+    ],
+)
+def test_what_makes_no_sense_live_is_said_before_anything_is_sent(tmp_path: Path, args: list[str], said: str) -> None:
+    folder = tmp_path / "x"
+    result = command("run", "--target", "http://127.0.0.1:9", "--output", str(folder), *args)
+    assert (result.exit_code, folder.exists()) == (2, False)
+    assert said in result.output.replace("\n", " ")
+
+
+def test_a_frozen_workload_is_not_drawn_anew(tmp_path: Path) -> None:
+    path, folder = str(tmp_path / "work.json"), str(tmp_path / "out")
+    assert command("make-workload", path, "--num-requests", "5").exit_code == 0
+    result = command("run", "--target", "sim", "--workload", path, "--num-requests", "50", "--output", folder)
+    assert result.exit_code == 2
+    assert "--num-requests has no effect on a frozen workload" in result.output
+    result = command("run", "--target", "sim", "--workload", path, "--seed", "7", "--output", folder)
+    assert result.exit_code == 0, result.output
+
+
+def test_seeds_that_share_the_rows_of_a_trace_are_no_seeds(tmp_path: Path) -> None:
+    path = tmp_path / "azure.csv"
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(f"{n},10,{n + 1}\n" for n in range(30)))
+    options = ("run", "--target", "sim", "--arrivals", f"trace:{path}", "--num-requests", "10")
+    result = command(*options, "--seeds", "4", "--output", str(tmp_path / "no"))
+    assert (result.exit_code, "no 4 independent workloads" in result.output) == (2, True)
+    assert command(*options, "--seeds", "3", "--output", str(tmp_path / "yes")).exit_code == 0
+    works = store.read(tmp_path / "yes").workloads.values()
+    assert len({request.tokens for work in works for request in work.requests}) == 30
 
 
 def test_runs_are_interleaved_and_every_other_seed_backwards() -> None:
@@ -183,6 +225,44 @@ async def test_a_comparison_through_a_live_gateway(tmp_path: Path) -> None:
     assert [len(run.rows) for run in store.read(tmp_path).runs] == [30, 30, 30]
     assert "completed, mean JCT" in out.getvalue()
     assert any("one seed tells no noise" in line for line in verdict(experiment, experiment.arms()))
+    told = "\n".join(store.introduction(experiment))
+    assert "predictor:" not in told, "the gateway's, of which we know nothing"
+    assert "every predictor sees in max_tokens" in told
+
+
+async def test_what_is_done_is_kept_when_the_gateway_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, out = screen()
+    async with world(paced(3000.0, slots=2), slots=2, predictor={"kind": "max_tokens"}) as w:
+        use, asked = Steering.use, 0
+
+        async def lost(self: Steering, wanted: Any) -> dict[str, Any]:
+            nonlocal asked
+            asked += 1
+            if asked > 1:
+                raise GatewayError("nobody there")
+            return await use(self, wanted)
+
+        monkeypatch.setattr(Steering, "use", lost)
+        options = running.Options(target=w.url, settings=("fcfs", "sjf"), admin=w.admin, output=tmp_path)
+        experiment = await running._live(options, work(), ours)
+    assert [run.name for run in experiment.runs] == ["fcfs"]
+    assert not experiment.valid
+    store.write(tmp_path, experiment)
+    assert "stopped before every planned run was made" in (tmp_path / "report.md").read_text()
+    assert "stopped: nobody there; what is done is kept" in out.getvalue()
+    assert "could not be put back" in out.getvalue()
+
+
+async def test_a_gateway_whose_admin_listener_asks_for_a_key(tmp_path: Path) -> None:
+    key = "open-sesame-open-sesame"
+    async with world(paced(3000.0, slots=2), slots=2, admin={"port": 0, "key_hash": hashed(key)}) as w:
+        options = running.Options(target=w.url, settings=("sjf",), admin=w.admin, output=tmp_path)
+        with pytest.raises(GatewayError, match="401"):
+            await running._live(options, work(num_requests=3), screen()[0])
+        experiment = await running._live(replace(options, admin_key=key), work(num_requests=3), screen()[0])
+    assert experiment.complete
+    store.write(tmp_path, experiment)
+    assert key not in "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize(("name", "said"), [("isrtf-tail", "cannot be switched"), ("perfect", "oracle")])
@@ -194,7 +274,7 @@ async def test_a_setting_that_a_running_gateway_cannot_take_is_refused(name: str
 
 
 async def test_a_plain_server_is_measured_as_it_is(tmp_path: Path) -> None:
-    ours, _ = screen()
+    ours, out = screen()
     async with world(paced(3000.0, slots=2)) as w:
         options = running.Options(target=w.engine.url, settings=(), users=3, output=tmp_path)
         experiment = await running._live(options, work(num_requests=12), ours)
@@ -209,6 +289,8 @@ async def test_a_plain_server_is_measured_as_it_is(tmp_path: Path) -> None:
     assert (run.users, run.complete, len(run.rows)) == (3, True, 12)
     assert all(row.lag == 0 for row in run.rows)
     assert "CLOSED LOOP" in " ".join(store.introduction(experiment))
+    assert "closed loop of 3 users" in out.getvalue()
+    assert any("not those of open traffic" in line for line in verdict(experiment, experiment.arms()))
     assert again.config["capacity"] > 500
 
 
@@ -247,6 +329,20 @@ def test_a_stall_shows_in_the_latency_of_everybody_who_came_meanwhile() -> None:
         assert sum(row.jct > 0.1 for row in one.rows) == 1
 
     virtually(story())
+
+
+async def test_the_lag_of_many_requests_due_at_once_is_that_of_the_last() -> None:
+    class Laborious:
+        async def send(self, request: Request, row: Row) -> None:
+            time.sleep(0.002)  # the generator's own work
+            row.first = row.end = row.sent
+
+    told: list[float] = []
+    run = await runner.run(
+        burst(50, 0.0), Laborious(), start=time.perf_counter(), on_sent=lambda row: told.append(row.lag)
+    )
+    assert run.lag >= 49 * 0.002
+    assert max(told) == run.lag
 
 
 @pytest.mark.usefixtures("on_the_loop_s_clock")
