@@ -8,11 +8,12 @@ are tokens, sizes are bytes. What is wrong with a file is said in words by ``con
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from urllib.parse import urlsplit
 
 import yaml
@@ -45,6 +46,37 @@ class Section(BaseModel):
     """What every section shares: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @validates_all(mode="before")
+    @classmethod
+    def _no_switches(cls, data: Any) -> Any:
+        """YAML reads on and off as true and false: words again where they are such, and never a number."""
+        if not isinstance(data, dict):
+            return data
+        words = {}
+        for name, value in data.items():
+            if not isinstance(value, bool) or name not in cls.model_fields:
+                continue
+            kinds = set(_kinds(cls.model_fields[name].annotation))
+            if (word := "on" if value else "off") in kinds:
+                words[name] = word
+            elif kinds & {int, float} and bool not in kinds:
+                raise ValueError(f"expected {name} to be a number, got {str(value).lower()}")
+        return {**data, **words}
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """What a key takes: the types of a union, the words of a Literal."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from _kinds(get_args(annotation)[0])
+    elif origin in (Union, UnionType):
+        for inner in get_args(annotation):
+            yield from _kinds(inner)
+    elif origin is Literal:
+        yield from get_args(annotation)
+    else:
+        yield annotation
 
 
 # --- listeners ---------------------------------------------------------------------------------------------------

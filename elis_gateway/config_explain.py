@@ -92,6 +92,7 @@ def _line(item: dict[str, Any], root: type[BaseModel]) -> tuple[str, str]:
 
 _PLAIN = {
     "model_type": "expected a section, with keys of its own",
+    "model_attributes_type": "expected a section, with keys of its own",
     "dict_type": "expected keys and values",
     "tuple_type": "expected a list",
     "string_type": "expected text",

@@ -116,6 +116,9 @@ def test_one_upstream_is_enough() -> None:
             "upstreams[0].health.path: expected to match pattern '^/', got 'health'",
         ),
         ({"traffic_log": {"zzz": 1}}, "traffic_log.zzz: unknown key; expected one of path, max_bytes, keep"),
+        ({"scheduler": {"aging": 3}}, "scheduler.aging: expected a section, with keys of its own, got 3"),
+        ({"scheduler": {"tail": True}}, "scheduler: expected tail to be a number, got true"),
+        ({"upstreams": [{**UPSTREAM, "slots": True}]}, "upstreams[0]: expected slots to be a number, got true"),
     ],
 )
 def test_a_mistake_is_named_by_place_and_expectation(sections: dict[str, Any], words: str) -> None:
@@ -206,6 +209,20 @@ def test_what_is_to_be_read_and_is_not_there_is_warned_of(tmp_path: Path) -> Non
     assert config.warnings(fine, {}) == []
     assert config.warnings(conf(predictor={"kind": "bge", "path": "elis-paper", "state": nowhere}), {}) == []
     assert len(config.warnings(conf(predictor={"kind": "bge", "path": nowhere}), {})) == 1
+
+
+def test_on_and_off_are_words_without_quotes_too(tmp_path: Path) -> None:
+    """YAML reads them as true and false."""
+    path = tmp_path / "c.yaml"
+    for word in ("on", "off"):
+        path.write_text(f"upstreams: [{{url: 'http://a', slots: 1, engine_priority: {word}, continuation: off}}]\n")
+        (upstream,) = config.load(path, {}).upstreams
+        assert (upstream.engine_priority, upstream.continuation) == (word, "off")
+        (upstream,) = config.load(path, {"ELIS__UPSTREAMS__0__ENGINE_PRIORITY": "off"}).upstreams
+        assert upstream.engine_priority == "off"
+    path.write_text("upstreams: [{url: 'http://a', slots: 1, chat_parser: off, tls: {verify: off}}]\n")
+    (upstream,) = config.load(path, {}).upstreams
+    assert (upstream.chat_parser, upstream.tls.verify) == (False, False)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
