@@ -49,9 +49,7 @@ def parse_policy(wanted: Any, current: config.Scheduler) -> config.Scheduler:
     try:
         section = config.Scheduler.model_validate({"policy": given, **beside})
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "policy")
-        raise ConfigError(f"policy{'.' + place if place else ''}: {first['msg']}") from None
+        raise ConfigError(explain(error, config.Scheduler)) from None
     return current.model_copy(update={name: getattr(section, name) for name in ("policy", *beside)})
 
 

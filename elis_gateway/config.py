@@ -855,6 +855,7 @@ def warnings(config: Config, environ: Mapping[str, str] | None = None) -> list[s
 
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_SHIPPED = Path(__file__).parent / "predictor" / "models"
 _WRITTEN = ("path", "state")
 """Files that are made where they are not there, but for the recording of an oracle and the folder of a model."""
 
@@ -873,10 +874,13 @@ def _not_there(section: BaseModel, place: str) -> list[str]:
                     found += _not_there(item, f"{where}[{n}]")
         elif isinstance(value, Path) and not value.exists():
             read = name not in _WRITTEN or isinstance(section, OraclePredictor)
+            what = str(value)
             if isinstance(section, BgePredictor) and name == "path":
-                read = len(value.parts) > 1  # else it is the name of a shipped model
+                shipped = sorted(manifest.parent.name for manifest in _SHIPPED.glob("*/manifest.json"))
+                read = what not in shipped
+                what += f" (shipped: {', '.join(shipped)})" if len(value.parts) == 1 else ""
             if read:
-                found.append(f"{where}: there is no {value} here; serve will refuse to start")
+                found.append(f"{where}: there is no {what} here; serve will refuse to start")
     return found
 
 

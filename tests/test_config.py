@@ -209,6 +209,9 @@ def test_what_is_to_be_read_and_is_not_there_is_warned_of(tmp_path: Path) -> Non
     assert config.warnings(fine, {}) == []
     assert config.warnings(conf(predictor={"kind": "bge", "path": "elis-paper", "state": nowhere}), {}) == []
     assert len(config.warnings(conf(predictor={"kind": "bge", "path": nowhere}), {})) == 1
+    assert config.warnings(conf(predictor={"kind": "bge", "path": "elis-papr"}), {}) == [
+        f"predictor.path: there is no elis-papr (shipped: elis-paper, encode-once) here; {words}"
+    ]
 
 
 def test_on_and_off_are_words_without_quotes_too(tmp_path: Path) -> None:

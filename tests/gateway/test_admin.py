@@ -119,13 +119,24 @@ async def test_the_windows_can_be_changed_while_serving() -> None:
 
 
 @pytest.mark.parametrize(
-    "wanted", [b"{", b'{"kind": "sjf", "mode": "slow"}', b"3", b'"fastest"', b'{"kind": "sjf", "odrer": "mean"}']
+    ("wanted", "words"),
+    [
+        (b"{", "not JSON: "),
+        (b"3", "policy: expected a name or an object with `kind`"),
+        (b'{"kind": "sjf", "mode": "slow"}', "mode: expected 'fixed' or 'elastic', got 'slow'"),
+        (
+            b'"isrft"',
+            "policy.kind: expected one of fcfs, round_robin, las, sjf, isrtf, or package.module:Class, got 'isrft'",
+        ),
+        (b'{"kind": "sjf", "odrer": "mean"}', "policy.odrer: unknown key; did you mean 'order'?"),
+    ],
 )
-async def test_a_policy_that_makes_no_sense_changes_nothing(wanted: bytes) -> None:
+async def test_a_policy_that_makes_no_sense_changes_nothing(wanted: bytes, words: str) -> None:
+    """The words are those of ``check-config``."""
     async with world() as w:
         async with w.session.put(w.admin + "/admin/policy", data=wanted) as response:
             assert response.status == 400
-            assert "error" in orjson.loads(await response.read())
+            assert orjson.loads(await response.read())["error"].startswith(words)
         assert (await _get(w, "/admin/policy"))["kind"] == "isrtf"
 
 
