@@ -27,7 +27,7 @@ from elis_gateway.predictor.base import Estimate, View
 from elis_gateway.predictor.gittins import BINS, EDGES, LengthTable, bin_of, lognormal_hazards
 from elis_gateway.predictor.shelf import Shelf
 
-__all__ = ["TURN", "History", "Share"]
+__all__ = ["TURN", "History", "Share", "set_aside"]
 
 _log = logging.getLogger(__name__)
 
@@ -203,6 +203,8 @@ class History:
         self._apps: Shelf[tuple[str, str], _Lengths] = Shelf(max_apps)
         self._lock = Lock()
         """Saving goes on in a thread of its own; it copies one distribution at a time, and learning waits for that."""
+        self._unread = False
+        """There is a file, and it could not be read."""
         if self._path is not None and self._path.exists():
             self._load(self._path)
 
@@ -269,6 +271,9 @@ class History:
                 file.write(piece)
             file.flush()
             os.fsync(file.fileno())
+        if self._unread:
+            set_aside(self._path)
+            self._unread = False
         temporary.replace(self._path)
 
     def dump(self) -> dict[str, Any]:
@@ -310,4 +315,13 @@ class History:
             self.restore(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
             _log.warning("history %s cannot be read (%s: %s): starting without it", path, type(exc).__name__, exc)
+            self._unread = True
             self.forget()
+
+
+def set_aside(path: Path) -> None:
+    """Something is about to be written where what is there could not be read: a newer version's, or nothing of ours."""
+    if path.is_file():
+        kept = path.with_name(path.name + ".unread")
+        path.replace(kept)
+        _log.warning("what was at %s is kept as %s", path, kept)

@@ -46,7 +46,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elis_gateway.predictor.base import View
-from elis_gateway.predictor.history import TURN, History, Share
+from elis_gateway.predictor.history import TURN, History, Share, set_aside
 from elis_gateway.predictor.shelf import Shelf
 
 __all__ = ["Learner", "Prediction", "Sight"]
@@ -160,6 +160,8 @@ class Learner:
         self._max_apps = max_apps
         self._lock = Lock()
         """Saving goes on in a thread of its own; it copies one level at a time, and learning waits for that."""
+        self._unread = False
+        """There is a file, and it could not be read."""
         self._shape(features, reduced, layout)
 
     def _shape(self, features: int, reduced: int, layout: str) -> None:
@@ -242,6 +244,9 @@ class Learner:
             np.savez(file, names=np.frombuffer(said, dtype=np.uint8), **arrays)  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
+        if self._unread:
+            set_aside(path)
+            self._unread = False
         temporary.replace(path)
 
     def _numbers(self, level: _Level) -> dict[str, npt.NDArray[Any]]:
@@ -267,6 +272,7 @@ class Learner:
             _log.warning(
                 "learned state %s cannot be read (%s: %s): starting without it", path, type(error).__name__, error
             )
+            self._unread = True
             self.history.forget()
             self.clear()
             return {}

@@ -237,6 +237,10 @@ def test_a_file_that_cannot_be_read_costs_the_history_not_the_service(
     teach(history, [10])
     history.save()
     assert History(path).instant(view(0)) is not None
+    # A newer version's, or nothing of ours at all: not to be lost.
+    assert (tmp_path / "history.json.unread").read_text() == content
+    history.save()
+    assert (tmp_path / "history.json.unread").read_text() == content
 
 
 def test_a_crash_while_saving_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
