@@ -116,7 +116,7 @@ class Intake(Observer):
         answer = self._answer(request, model, able)
         class_name, rank = self._class(headers.get("X-Elis-Class"), grant)
         self._door.check(grant, model, request.model or self._names().get(model, model), class_name)
-        client = headers.get("Authorization", "") if grant is None else grant.name
+        client = next((headers[h] for h in CREDENTIALS if h in headers), "") if grant is None else grant.name
         conversation = self._conversation(request)
         job_id = f"{self._prefix}-{next(self._count):x}"
         spec = JobSpec(

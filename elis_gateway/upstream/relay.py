@@ -7,6 +7,7 @@ the body. Never: queues, slots. A relayed call holds no slot: embeddings and the
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable, Container, Mapping
 
 import aiohttp
@@ -41,6 +42,9 @@ _NEVER_OURS = CREDENTIALS | {"x-goog-api-key", "cookie"}
 """What says who the client is: ours to know, not an upstream's."""
 _NOT_FROM_UPSTREAMS = ("access-control-", "set-cookie", "www-authenticate")
 """Beginnings of response headers by which an engine would speak for us."""
+_BOUNDARY = re.compile(r'^multipart/form-data\s*;.*\bboundary="?([^";,]+)', re.IGNORECASE)
+_FORM_HEAD = 64 * 1024
+"""Bytes of a form in which its model is looked for: clients send the fields before the file."""
 _REFUSAL_LIMIT = 1024 * 1024
 _RETRY_AFTER = 5.0
 
@@ -70,21 +74,28 @@ class Relay:
         body: bytes | None = None
         model: str | None = None
         if request.can_read_body and request.content_type == "application/json":
-            # Only JSON names its model where it can be found cheaply; it is small enough to be sent again, too.
+            # JSON names its model where it can be found cheaply; it is small enough to be sent again, too.
             body, model = self._with_model(await self._body(request), may_use)
         if may_use is not None and model is None:
             raise Forbidden("this key is for certain models only, and the request does not name one")
-        streamed = body is None and request.can_read_body
+        upload: _Upload | None = None
+        if body is None and request.can_read_body:
+            upload = _Upload(request.content, self._body_timeout, self._max_body)
+            if (boundary := _BOUNDARY.search(request.headers.get("Content-Type", ""))) is not None:
+                named = await upload.model(boundary[1].encode())
+                named = self.aliases.get(named, named)
+                # Nobody is refused for a field of a form: what no upstream lists, one of them may serve all the same.
+                model = named if self._fleet.knows(named) else None
         tried: set[str] = set()
         upstream = self._first(model)
         while True:
             try:
-                return await self._through(upstream, request, body, streamed=streamed)
+                return await self._through(upstream, request, body, upload)
             except UpstreamError as error:
                 upstream.failed(error)
                 tried.add(upstream.id)
                 another = self._least_busy(model, tried)
-                if another is None or streamed or not error.retryable:
+                if another is None or upload is not None or not error.retryable:
                     raise
                 upstream = another
 
@@ -133,12 +144,11 @@ class Relay:
         return min(able, key=lambda upstream: self._in_flight.get(upstream.id, 0), default=None)
 
     async def _through(
-        self, upstream: HttpUpstream, request: web.BaseRequest, body: bytes | None, *, streamed: bool
+        self, upstream: HttpUpstream, request: web.BaseRequest, body: bytes | None, upload: _Upload | None
     ) -> web.StreamResponse:
         headers = _request_headers(request.headers, upstream)
-        upload = _Upload(request.content, self._body_timeout, self._max_body) if streamed else None
         data = body if upload is None else upload.pieces()
-        if not streamed or headers.popall("Content-Encoding", None) is not None:
+        if upload is None or headers.popall("Content-Encoding", None) is not None:
             # The body is counted anew: what came compressed has been unpacked on the way in.
             headers.popall("Content-Length", None)
             headers.popall("Content-Encoding", None)
@@ -208,9 +218,27 @@ class _Upload:
         self._content = content
         self._deadline = asyncio.get_running_loop().time() + seconds if seconds > 0 else None
         self._left = most
+        self._begun = b""
+        """What was read to find the model."""
+
+    async def model(self, boundary: bytes) -> str:
+        """The field ``model`` of a form, if it is one of the first; else an empty name. Raises ``ClientError``."""
+        try:
+            while len(self._begun) < _FORM_HEAD and (piece := await self._next()):
+                self._begun += piece
+                for part in self._begun.split(b"--" + boundary)[1:-1]:
+                    head, _, value = part.partition(b"\r\n\r\n")
+                    if b'; name="model"' in head:
+                        return value.removesuffix(b"\r\n").decode("utf-8", "replace")
+        except aiohttp.ClientPayloadError:
+            assert self.error is not None
+            raise self.error from None
+        return ""
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """As they come, within the limits of time and size."""
+        if self._begun:
+            yield self._begun
         while piece := await self._next():
             yield piece
 

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import orjson
-from aiohttp import ClientSession, web
+from aiohttp import ClientSession, FormData, web
 from multidict import CIMultiDict
 
 from elis_gateway.app import Gateway
@@ -150,6 +150,28 @@ async def test_the_model_decides_where_and_aliases_are_translated() -> None:
             assert orjson.loads(engine_b.bodies[-1]) == {"model": "b", "input": "x"}
         async with session.post(url + "/v1/embeddings", json={"model": "c"}) as response:
             assert response.status == 404
+
+
+async def test_a_form_goes_to_who_serves_its_model() -> None:
+    """Transcriptions are uploads: `client.audio.transcriptions.create(model=..., file=...)`."""
+    async with behind("a", "b", models={"nick": "b"}) as (url, engines, session):
+        for model, first, serves in (("a", 1, "a"), ("b", 1, "b"), ("nick", 1, "b"), ("b", 0, "b"), ("c", 1, "")):
+            form = FormData()
+            fields = [("file", b"--\r\n" * 9000, "model.wav"), ("model", model, None)]
+            for name, value, filename in fields[::-1] if first else fields:
+                form.add_field(name, value, filename=filename)
+            async with session.post(url + "/v1/audio/transcriptions", data=form) as response:
+                assert response.headers["X-Engine"] == serves or not serves
+                sent = await response.read()
+            assert sent.count(b"--\r\n") >= 9000
+            assert sent in [engine.bodies[-1] for engine in engines if engine.bodies]
+        # The file before it is longer than what is looked at: somebody gets it.
+        form = FormData()
+        form.add_field("file", b"x" * 200_000, filename="long.wav")
+        form.add_field("model", "b")
+        async with session.post(url + "/v1/audio/transcriptions", data=form) as response:
+            assert response.status == 201
+            assert (await response.read()).count(b"x") >= 200_000
 
 
 async def test_bodies_stream_both_ways() -> None:

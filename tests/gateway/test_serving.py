@@ -174,13 +174,14 @@ async def test_applications_are_told_apart() -> None:
         await w.ask(CHAT, body)
         await w.ask(CHAT, body)
         await w.ask(CHAT, body, Authorization="Bearer other")
+        await w.ask(CHAT, body, **{"api-key": "another"})
         await w.ask(CHAT, {**body, "max_tokens": 20})
         await w.ask(CHAT, {**body, "messages": [{"role": "system", "content": "Be brief"}, *body["messages"]]})
         await w.ask(CHAT, body, **{"X-Elis-App": "mine"})
-        await until(lambda: len(w.gateway.journal.recent(9)) == 6)
+        await until(lambda: len(w.gateway.journal.recent(9)) == 7)
         seen = [job["app"] for job in reversed(w.gateway.journal.recent(9))]
         assert seen[0] == seen[1]
-        assert len(set(seen)) == 5
+        assert len(set(seen)) == 6
         assert seen[-1] == "mine"
 
 
