@@ -48,6 +48,7 @@ def servers() -> Iterator[dict[str, str]]:
     port = free_port()
     engine = f"http://127.0.0.1:{port}"
     argv = [sys.executable, "-m", "elis_gateway", "sim-engine", "--port", str(port), "--slots", str(SLOTS)]
+    argv += ["--engine", "default"]
     with tempfile.TemporaryDirectory() as folder, Child(argv) as child:
         wait_ready(child, f"{engine}/health", timeout=60)
         upstream = {"url": engine, "slots": SLOTS}

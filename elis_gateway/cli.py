@@ -208,7 +208,7 @@ def doctor(target: str, api_key_env: str | None, quiet: bool) -> None:
     "--model", "models", multiple=True, default=("sim",), show_default=True, help="Name it serves; repeatable."
 )
 @click.option(
-    "--engine", default="default", show_default=True, help="Engine model: a JSON file, or a shipped one's name."
+    "--engine", default="vllm-cpu", show_default=True, help="Engine model: a JSON file, or a shipped one's name."
 )
 @click.option("--slots", type=click.IntRange(min=1), help="Sequences run at once, instead of the engine model's.")
 @click.option(

@@ -167,7 +167,7 @@ def _needs_capacity(options: Options, work: Work) -> bool:
 
 
 def _simulate(options: Options, work: Work, screen: Screen) -> Experiment:
-    engine = EngineModel.load(options.target.partition(":")[2] or "default")
+    engine = EngineModel.load(options.target.partition(":")[2] or "vllm-cpu")
     if options.batch_size is not None:
         engine = replace(engine, slots=options.batch_size)
     if not options.settings:

@@ -24,8 +24,14 @@ def run(*args: str) -> Result:
 
 def test_help_names_every_command_without_importing_the_other_packages() -> None:
     result = run("--help")
-    for name in ("serve", "check-config", "sim-engine", "loadtest", "predictor", "completion"):
+    for name in ("serve", "check-config", "doctor", "sim-engine", "loadtest", "predictor", "key", "completion"):
         assert f"  {name}" in result.output
+    script = (
+        "import contextlib, io, sys\nfrom elis_gateway.cli import main\nsys.argv[1:] = ['--help']\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()): main()\nprint(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert not {"loadtest", "onnx_export", "aiohttp", "pydantic", "numpy"} & set(done.stdout.split())
 
 
 def test_version() -> None:

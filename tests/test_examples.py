@@ -55,6 +55,21 @@ def test_an_outside_policy_in_the_simulator() -> None:
     assert ours > 1.1 * first_come
 
 
+def test_a_policy_of_an_installed_package_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an entry point in its group, as another distribution would bring it."""
+    about = tmp_path / "mine-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(
+        f"[elis_gateway.policies]\nlongest = {LONGEST_FIRST}\ngone = no_such:Thing\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    section = setting("fcfs", policy="longest")
+    assert type(build.policy(section.policy, section.aging)).__name__ == "LongestFirst"
+    with pytest.raises(ConfigError, match=r"scheduler\.policy\.kind: 'gone': No module named 'no_such'"):
+        build.policy(setting("fcfs", policy="gone").policy, section.aging)
+
+
 def test_what_is_no_policy_is_told_what_it_lacks() -> None:
     section = setting("fcfs", policy="collections:OrderedDict")
     with pytest.raises(ConfigError, match="OrderedDict is not a policy: it lacks key, needs_estimates, preempts"):

@@ -90,7 +90,7 @@ class EngineModel:
 
     @classmethod
     def load(cls, path: str | Path) -> EngineModel:
-        """Read a JSON file, or a shipped model by its bare name (``default``). Raises ConfigError."""
+        """Read a JSON file, or a shipped model by its bare name (``vllm-cpu``). Raises ConfigError."""
         file = MODELS / f"{path}.json" if str(path) in cls.shipped() else Path(path)
         try:
             data = json.loads(file.read_text(encoding="utf-8"))

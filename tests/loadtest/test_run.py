@@ -78,6 +78,7 @@ def test_a_comparison_in_virtual_time(tmp_path: Path) -> None:
     )
     told = summary["elis"]
     assert (told["version"], told["target"], told["complete"], told["valid"]) == (1, "sim", True, True)
+    assert " Measured 20" in told["engine"]["about"]
     assert len(told["runs"]) == 2 * 4
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     assert len(rows) == 2 * 4 * 60

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elis_gateway.cli import sim_engine
 from elis_gateway.errors import ConfigError
 from elis_gateway.sim.engine import Engine, EngineModel, Event, EventKind, PrefixCache
 
@@ -371,7 +372,11 @@ def test_models_round_trip(tmp_path: Path) -> None:
         assert numbers.about, f"{name}: say where the numbers come from"
         numbers.save(tmp_path / "copy.json")
         assert EngineModel.load(tmp_path / "copy.json") == numbers
-    assert "default" in EngineModel.shipped()
+
+
+def test_unless_it_is_told_otherwise_the_embedded_engine_is_one_that_was_measured() -> None:
+    (engine,) = [option for option in sim_engine.params if option.name == "engine"]
+    assert " Measured 20" in EngineModel.load(engine.default).about
 
 
 @pytest.mark.parametrize(
