@@ -149,7 +149,7 @@ tokens aside, log-probabilities within 0.002. Answers of 10 tokens, on a machine
 - 44 prompts (8 each in English, Korean, Chinese, with emoji and of code, 4 mixed), completions and chats, streamed and
   not, at windows of 1, 7 and 50 tokens and elastic with forced preemptions, answers of 12 to 70 tokens
   (`make test-engine-full`, 2026-11-22; `engine-exact.json`): on vLLM text, finish reason and usage of all 704 answers
-  are those of the engine; in 156 of the 176 elastic ones `cached_tokens`, which an interrupted call never tells, differ.
+  are the engine's; in 156 of the 176 elastic ones `cached_tokens` differ, which an interrupted call never tells.
 - All 321 requests at windows of 3 tokens (`benchmarks/results/conformance-vllm.json`): 310 equal; 4 equal when asked
   again with nothing else in the engine's batch (which of several near-impossible tokens it lists beside a chosen one
   depends on its neighbours); 7 differ on purpose: an unknown model is refused in the gateway's words, and five refusals

@@ -2,8 +2,9 @@
 
 In the simulator:   python examples/policy_longest_first.py
 Live:               PYTHONPATH=examples ELIS__SCHEDULER__POLICY='policy_longest_first:LongestFirst' \
-                        elis-gateway serve config/demo.yaml
-While serving:      curl -X PUT localhost:8081/admin/policy -d '{"kind": "policy_longest_first:LongestFirst"}'
+                        elis-gateway serve config/example.yaml
+While serving:      name it in the configuration's scheduler.policy, then `curl -X POST localhost:8081/admin/reload`.
+                    PUT /admin/policy takes no class that the file does not name: it would run anybody's code.
 """
 
 from elis_gateway.core.job import Job

@@ -57,7 +57,8 @@ ORDER = (("fcfs", 0), ("sjf", 0), ("isrtf", 0), ("isrtf", 1), ("sjf", 1), ("fcfs
 LABELS = {"fcfs": "FCFS", "sjf": "SJF", "isrtf": "ISRTF elastic"}
 WATCHED = "Explain how a bicycle stays upright, for a curious child."
 GREEDY = {"temperature": 0, "seed": 0}
-CONFIG = Path(__file__).parent.parent / "config" / "demo.yaml"
+CONFIG = Path(__file__).parent / "data" / "demo.yaml"
+"""In the package: the demo is for those who have installed it, too."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def running(folder: Path, screen: Screen) -> Iterator[Gateway]:
             "ELIS__ADMIN__PORT": str(admin),
             "ELIS__PREDICTOR__PATH": str(folder / "history.json"),
         }
-        screen.say(f"starting the gateway: elis-gateway serve {CONFIG.relative_to(CONFIG.parent.parent)}")
+        screen.say(f"starting the gateway: elis-gateway serve {os.path.relpath(CONFIG)}")
         argv = [sys.executable, "-m", "elis_gateway", "serve", str(CONFIG)]
         with Child(argv, log=folder / "gateway.log", env={**os.environ, **env}) as child:
             url = f"http://127.0.0.1:{port}"

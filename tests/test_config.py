@@ -12,7 +12,8 @@ from elis_gateway import config
 from elis_gateway.config import Config, from_mapping
 from elis_gateway.errors import ConfigError
 
-CONFIGS = sorted(Path(__file__).parent.parent.joinpath("config").glob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted([*ROOT.joinpath("config").glob("*.yaml"), *ROOT.joinpath("loadtest", "data").glob("*.yaml")])
 UPSTREAM = {"url": "http://engine:8000/v1", "slots": 4}
 
 
@@ -251,7 +252,7 @@ def test_what_ships_loads(path: Path) -> None:
 
 
 def test_isrtf_yaml_is_the_method_as_published() -> None:
-    shipped = config.load(Path(__file__).parent.parent / "config" / "isrtf.yaml", {}).scheduler
+    shipped = config.load(ROOT / "config" / "isrtf.yaml", {}).scheduler
     assert shipped.policy.model_dump() == {"kind": "isrtf", "order": "mean"}
     assert (shipped.window, shipped.mode, shipped.rescore) == (50, "fixed", "always")
     assert (shipped.aging.kind, shipped.tail, shipped.in_hand) == ("none", None, 0)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from elis_gateway import build
+from elis_gateway.config import from_mapping
 from elis_gateway.errors import ConfigError
 from elis_gateway.predictor.baselines import NoisyOracle
 from elis_gateway.sim.engine import EngineModel
@@ -74,6 +75,22 @@ def test_what_is_no_policy_is_told_what_it_lacks() -> None:
     section = setting("fcfs", policy="collections:OrderedDict")
     with pytest.raises(ConfigError, match="OrderedDict is not a policy: it lacks key, needs_estimates, preempts"):
         build.policy(section.policy, section.aging)
+
+
+async def test_an_outside_policy_is_taken_up_while_serving_as_its_file_says() -> None:
+    async with world() as w:
+        given = w.gateway.config.model_dump(mode="json", exclude_defaults=True)
+        w.gateway._reload = lambda: from_mapping({**given, "scheduler": {"policy": LONGEST_FIRST}})
+
+        async def put(kind: str) -> int:
+            async with w.session.put(w.admin + "/admin/policy", json={"kind": kind}) as response:
+                return int(response.status)
+
+        assert await put(LONGEST_FIRST) == 400, "code is not named over the network"
+        assert "scheduler.policy" in (await w.gateway.reload())["applied"]
+        assert w.gateway.policy()["kind"] == LONGEST_FIRST
+        assert [await put(kind) for kind in ("fcfs", LONGEST_FIRST)] == [200, 200]
+        await w.check(COMPLETIONS, {"model": "sim", "prompt": "any", "max_tokens": 20})
 
 
 async def test_an_outside_policy_live() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from elis_gateway import config
 from elis_gateway.predictor.base import View
 from elis_gateway.predictor.history import History
 from loadtest import demo_model, demo_real
@@ -20,6 +22,12 @@ from tests.gateway.world import COMPLETIONS, paced, until, world
 def screen(terminal: bool = False, width: int = 110) -> tuple[Screen, io.StringIO]:
     out = io.StringIO()
     return Screen(Console(file=out, width=width, force_terminal=terminal, highlight=False)), out
+
+
+def test_what_the_demo_serves_with_is_in_the_package() -> None:
+    """`elis-gateway loadtest demo` is for those without a clone, too."""
+    assert demo_real.CONFIG.is_relative_to(str(files("loadtest")))
+    assert config.load(demo_real.CONFIG, {}).predictor.kind == "history"
 
 
 def test_the_modelled_part(monkeypatch: pytest.MonkeyPatch) -> None:
