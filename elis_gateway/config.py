@@ -37,6 +37,8 @@ MOST_SLOTS = 16_384
 """More sequences than any engine runs at once. First-come on paper remembers every slot, so their number is bounded."""
 KeyHash = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 PerMinute = Annotated[int, Field(ge=1)]
+Rank = Annotated[int, Field(ge=-100_000, le=100_000)]
+"""Further apart, a class and a key would not fit into the 64 bits of an engine's priority."""
 
 EXTERNAL = "external"
 """Tag of a policy or predictor that comes from outside this package."""
@@ -435,7 +437,7 @@ class Scheduler(Section):
     tail: Annotated[float, Field(ge=1)] | None = None
     """Promise: the 99th percentile of completion time stays within this multiple of what plain first-come
     would have given on the same traffic. Default: no promise."""
-    classes: dict[Name, int] = {"default": 0}
+    classes: dict[Name, Rank] = {"default": 0}
     """Priority classes and their ranks, lower first; a client names its class in X-Elis-Class. Classes stand
     above the policy."""
     default_class: Name = "default"

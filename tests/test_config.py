@@ -117,6 +117,10 @@ def test_one_upstream_is_enough() -> None:
             "upstreams[0].health.path: expected to match pattern '^/', got 'health'",
         ),
         ({"traffic_log": {"zzz": 1}}, "traffic_log.zzz: unknown key; expected one of path, max_bytes, keep"),
+        (
+            {"scheduler": {"classes": {"default": 0, "batch": 2_000_000}}},
+            "scheduler.classes.batch: expected less than or equal to 100000, got 2000000",
+        ),
         ({"scheduler": {"aging": 3}}, "scheduler.aging: expected a section, with keys of its own, got 3"),
         ({"scheduler": {"tail": True}}, "scheduler: expected tail to be a number, got true"),
         ({"upstreams": [{**UPSTREAM, "slots": True}]}, "upstreams[0]: expected slots to be a number, got true"),
