@@ -6,10 +6,12 @@ import asyncio
 from typing import Any
 
 import pytest
+from aiohttp import ClientSession
 
 from elis_gateway.sim.checker import of_stream
 from elis_gateway.sim.faults import Fault
 from elis_gateway.tasks import spawn
+from tests.gateway.test_relay import before
 from tests.gateway.world import CHAT, COMPLETIONS, World, paced, payloads, read_until, until, world
 
 LONG: dict[str, dict[str, Any]] = {
@@ -74,23 +76,24 @@ async def test_gone_while_queued() -> None:
         assert len(w.engine.log) == before + 1
 
 
-async def test_gone_while_a_relayed_answer_comes() -> None:
-    async with world() as w:
-        asking = spawn(_get(w, "/v1/anything"), name="relayed")
+@pytest.mark.parametrize("begun", [False, True])
+async def test_gone_while_a_relayed_answer_comes(begun: bool) -> None:
+    async with before("a") as (gateway, (engine,)), ClientSession() as session:
+        engine.hangs, engine.begins = asyncio.Event(), begun
+        asking = spawn(session.get(f"http://127.0.0.1:{gateway.port}/v1/anything"), name="relayed")
+        await until(lambda: engine.path == "/v1/anything")
+        if begun:
+            (await asking).close()
         asking.cancel()
-        await asyncio.wait([asking])
-        await w.check(COMPLETIONS, {"model": "sim", "prompt": "next", "max_tokens": 5})
+        asked = engine.asked
+        assert asked is not None
+        assert await until(lambda: asked.transport is None) < AT_ONCE
+        engine.hangs.set()
 
 
 def _begun(w: World) -> int:
     """Jobs that have had a token."""
     return sum(flight.answer.started for flight in w.gateway.flights.values())
-
-
-async def _get(w: World, path: str) -> int:
-    async with w.session.get(w.url + path) as response:
-        await response.read()
-        return response.status
 
 
 async def test_many_leave_at_once_and_nothing_leaks() -> None:

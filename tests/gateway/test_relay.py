@@ -30,6 +30,10 @@ class Engine:
         self.extra: dict[str, str] = {}
         self.fails_after: asyncio.Event | None = None
         """It cuts the connection in place of an answer, once this is set."""
+        self.hangs: asyncio.Event | None = None
+        """It stands still until this is set, ``begins``: in the middle of its answer, else before."""
+        self.begins = False
+        self.asked: web.Request | None = None
         self._runner: web.AppRunner | None = None
 
     async def start(self) -> str:
@@ -56,12 +60,18 @@ class Engine:
         self.headers = request.headers.copy()
         self.path = request.path_qs
         self.bodies.append(b"")
+        self.asked = request
+        if self.hangs is not None and not self.begins:
+            await self.hangs.wait()
         if self.fails_after is not None:
             await self.fails_after.wait()
             assert request.transport is not None
             request.transport.abort()
         response = web.StreamResponse(status=201, headers={"X-Engine": self.model, "Keep-Alive": "5", **self.extra})
         await response.prepare(request)
+        if self.hangs is not None:
+            await response.write(b"begun")
+            await self.hangs.wait()
         async for piece in request.content.iter_any():
             self.bodies[-1] += piece
             await response.write(piece)
