@@ -86,6 +86,8 @@ class Findings:
     tried: int = 0
     """Calls at once at the top of the ramp."""
     configured: int | None = None
+    api_key_env: str | None = None
+    """Environment variable with its key."""
     pace: float | None = None
     """Seconds per token of one call alone."""
     full_pace: float | None = None
@@ -124,7 +126,8 @@ async def examine(settings: config.Upstream, *, configured: bool, say: Callable[
     Raises:
         UpstreamError: it does not answer.
     """
-    found = Findings(settings.url, configured=settings.slots if configured and settings.slots != "auto" else None)
+    slots = settings.slots if configured and settings.slots != "auto" else None
+    found = Findings(settings.url, configured=slots, api_key_env=settings.api_key_env)
     async with _open(settings) as upstream:
         say("what it is and can do")
         found.capabilities = await probe(upstream, orders=False)
@@ -616,6 +619,8 @@ def snippet(found: list[Findings]) -> str:
         slots = one.slots if one.slots is not None else one.tried
         comment = "" if one.slots is not None else " # at least; what the engine is started with (vLLM: --max-num-seqs)"
         lines.append(f"    slots: {slots}{comment}")
+        if one.api_key_env is not None:
+            lines.append(f"    api_key_env: {one.api_key_env}")
         if one.capabilities.engines > 1:
             lines.append(f"    data_parallel_size: {one.capabilities.engines} # slots are each rank's; ask for one's")
         if one.capabilities.orders:

@@ -55,8 +55,10 @@ def examined(*configs: ServerConfig, fault: Fault | None = None, **settings: Any
         return runner.run(examine())
 
 
-def test_slots_seam_and_what_it_can_do() -> None:
-    found = examined(engine(3, seam=12.0, priority="honour", prompt_tokens_details=True))
+def test_slots_seam_and_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ITS_KEY", "secret")
+    asked = engine(3, seam=12.0, priority="honour", prompt_tokens_details=True, api_key="secret")
+    found = examined(asked, api_key_env="ITS_KEY")
     assert found.slots == 3
     assert found.seam == pytest.approx(12.0, abs=1.0)
     assert found.pace == pytest.approx(0.01, rel=0.2)
@@ -65,10 +67,11 @@ def test_slots_seam_and_what_it_can_do() -> None:
     assert found.capabilities.context == {"sim": 4096}
     assert found.cache.startswith("yes")
     made = from_mapping(yaml.safe_load(doctor.snippet([found])))
-    assert (made.upstreams[0].slots, made.upstreams[0].overcommit) == (3, 2)
-    told = "\n".join(doctor.report(found))
-    assert "continued exactly" in told
-    assert "for your traffic to say" in told
+    (told,) = made.upstreams
+    assert (told.slots, told.overcommit, told.api_key_env) == (3, 2, "ITS_KEY"), "it can be served with as it is"
+    words = "\n".join(doctor.report(found))
+    assert "continued exactly" in words
+    assert "for your traffic to say" in words
 
 
 def test_an_engine_that_never_answers_chats_is_still_examined() -> None:
