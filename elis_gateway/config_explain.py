@@ -96,6 +96,7 @@ _PLAIN = {
     "dict_type": "expected keys and values",
     "tuple_type": "expected a list",
     "string_type": "expected text",
+    "path_type": "expected a path",
     "int_parsing": "expected a whole number",
     "int_type": "expected a whole number",
     "int_from_float": "expected a whole number",

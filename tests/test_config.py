@@ -121,6 +121,7 @@ def test_one_upstream_is_enough() -> None:
             {"scheduler": {"classes": {"default": 0, "batch": 2_000_000}}},
             "scheduler.classes.batch: expected less than or equal to 100000, got 2000000",
         ),
+        ({"traffic_log": {"path": False}}, "traffic_log.path: expected a path, got False"),
         ({"scheduler": {"aging": 3}}, "scheduler.aging: expected a section, with keys of its own, got 3"),
         ({"scheduler": {"tail": True}}, "scheduler: expected tail to be a number, got true"),
         ({"upstreams": [{**UPSTREAM, "slots": True}]}, "upstreams[0]: expected slots to be a number, got true"),
