@@ -112,6 +112,10 @@ class Experiment:
             if failed := Counter(row.error for row in run.rows if row.error and row.error != runner.UNFINISHED):
                 kinds = ", ".join(error for error, _ in failed.most_common(3))
                 found.append(f"{where}: {failed.total()} of {len(run.rows)} requests failed ({kinds})")
+            if guessed := run.about.get("guessed"):
+                found.append(
+                    f"{where}: the server did not count the tokens of {guessed} answers; their deltas were counted"
+                )
             if wrong := sum(self._wrong(row, run) for row in run.rows):
                 found.append(f"{where}: {wrong} forced lengths came out different")
         if not self.complete and all(run.complete for run in self.runs):
@@ -228,6 +232,8 @@ class Live:
                 workload, target, start=start, patience=self._patience, on_sent=self._on_sent, on_end=self._on_end,
                 stop=stop,
             )  # fmt: skip
+        if target.guessed:
+            about["guessed"] = target.guessed
         run.about = about
         return run
 

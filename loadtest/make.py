@@ -362,17 +362,14 @@ def _line(name: str, ours: list[Request]) -> list[str]:
     rate = 1 / fmean(gaps) if gaps and fmean(gaps) > 0 else None
     variation = pstdev(gaps) / fmean(gaps) if rate is not None else None
     tokens = sorted(request.tokens for request in ours)
+    lengths_ = [f"{fmean(tokens):.0f}", *(_at(tokens, q) for q in (0.5, 0.9, 0.99)), tokens[-1]]
 
     numbers: list[Any] = [
         len(ours),
         "–" if rate is None else f"{rate:.3g}",
         "–" if variation is None else f"{variation:.2f}",
         f"{fmean(request.prompt_tokens for request in ours):.0f}",
-        f"{fmean(tokens):.0f}",
-        _at(tokens, 0.5),
-        _at(tokens, 0.9),
-        _at(tokens, 0.99),
-        tokens[-1],
+        *(lengths_ if tokens[-1] else ["–"] * len(lengths_)),
         f"{sum(request.forced for request in ours) / len(ours):.0%}",
     ]
     return [name, *map(str, numbers)]

@@ -167,6 +167,7 @@ def introduction(experiment: Experiment) -> list[str]:
         + (f", {engine.slots} slots, in virtual time" if engine is not None else ", live"),
         f"work: {about['requests']} requests, {about['tokens']} tokens over {about['seconds']:.0f} s (first seed)",
         answers(about, live=engine is None),
+        *offered(first, measured=experiment.config.get("capacity") is not None),
         f"workloads (seed, hash): {', '.join(f'{s} {w.hash}' for s, w in experiment.workloads.items())}",
         f"settings: {', '.join(experiment.settings)}"
         + (f"; {experiment.again} twice, as the noise floor" if experiment.again else ""),
@@ -193,6 +194,15 @@ def answers(about: Mapping[str, Any], *, live: bool) -> str:
     if forced and live:
         said += ", which every predictor sees in max_tokens: this judges orders, not predictors"
     return said
+
+
+def offered(work: Workload, *, measured: bool) -> list[str]:
+    """The load in words, where it was drawn as a share of a capacity."""
+    load, capacity = work.about.get("load"), work.about.get("capacity")
+    if load is None or capacity is None:
+        return []
+    whence = "measured before the runs" if measured else "as told"
+    return [f"load: {load:g} of a capacity of {capacity:.0f} tokens/s, {whence}"]
 
 
 def _lines(experiment: Experiment, arms: dict[str, Arm]) -> list[dict[str, Any]]:

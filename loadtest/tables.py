@@ -26,7 +26,7 @@ _SHOWN: tuple[tuple[str, str, int], ...] = (
     ("throughput.tokens_per_second", "tok/s", 0),
     ("preemptions", "preempt", 0),
     ("calls", "calls", 0),
-    ("requests.completed", "completed", 0),
+    ("requests.completed", "n", 0),
     ("requests.failed", "failed", 0),
 )
 _COMPARED = {
@@ -109,6 +109,8 @@ def _comparison(experiment: Experiment, found: Sequence[Difference]) -> Table:
         note += "Of goodput, over 1 is better. "
     if any(difference.arm.endswith(AGAIN) for difference in found):
         note += f"The row “{AGAIN}” is a setting against itself: the noise floor. "
+    if "sjf" not in experiment.settings and any(name.startswith("isrtf") for name in experiment.settings):
+        note += "No sjf beside it: what interrupting adds to the mere order is not told. "
     note += "Slowdown: JCT over what the request takes alone, and that of the longest tenth of answers. "
     note += "Sooner: share of requests that ended earlier."
     return Table(f"Ratio to {experiment.base}", ["", *(_COMPARED[name] for name in names), "sooner"], rows, note)
@@ -128,7 +130,8 @@ def _figures(experiment: Experiment, arms: Mapping[str, Arm]) -> Table:
     for name, arm in arms.items():
         each = [flat(figures) for seed, figures in arm.figures.items() if not common or seed in common]
         rows.append([name, *(_cell(each, path, digits) for path, _, digits in shown)])
-    note = "Means over seeds of each run's figure. A dash: fewer than ten samples beyond that percentile."
+    note = "Means over seeds of each run's figure, n: requests of a run that completed. A dash: fewer than ten samples "
+    note += "beyond that percentile. Wait: in the gateway; a call in hand, in the engine's queue, counts as begun."
     if common and any(seeds != common for seeds in made):
         note += f" Only the {len(common)} of {len(set.union(*made))} seeds that every setting ran to the end."
     if not common and len(arms) > 1:
@@ -224,9 +227,11 @@ def verdict(experiment: Experiment, arms: Mapping[str, Arm]) -> list[str]:
             continue
         elif found.differs:
             word = "less" if found.ratio < 1 else "more"
-            said.append(f"{difference.arm}: mean JCT {abs(1 - found.ratio):.0%} {word} than {difference.base}")
+            said.append(
+                f"{difference.arm}: mean JCT {abs(1 - found.ratio):.0%} {word} than {difference.base} ({ratio(found)})"
+            )
         else:
-            said.append(f"{difference.arm}: no difference in mean JCT from {difference.base} ({ratio(found)})")
+            said.append(f"{difference.arm}: no difference shown in mean JCT from {difference.base} ({ratio(found)})")
     return said
 
 

@@ -73,6 +73,8 @@ class HttpTarget:
         self._gaps = gaps
         self._on_refusal = on_refusal
         self._ready: dict[str, bytes] = {}
+        self.guessed = 0
+        """Answers whose tokens the server did not count: their deltas were."""
 
     def prepare(self, requests: Sequence[Request]) -> None:
         """Encode requests ahead, so that at their time they only have to be written."""
@@ -124,7 +126,7 @@ def _words(body: bytes) -> str:
 class _Reader:
     """One answer as it comes."""
 
-    __slots__ = ("_decoder", "_last", "_note", "_request", "_row", "_target", "done")
+    __slots__ = ("_decoder", "_deltas", "_last", "_note", "_request", "_row", "_target", "done")
 
     def __init__(self, target: HttpTarget, request: Request, row: Row) -> None:
         self._target = target
@@ -132,6 +134,7 @@ class _Reader:
         self._row = row
         self._decoder = EventDecoder()
         self._last = 0.0
+        self._deltas = 0
         self._note = b""
         """The gateway's comment, as far as it has come."""
         self.done = False
@@ -145,6 +148,9 @@ class _Reader:
             if payload == DONE:
                 self.done = True
                 row.end = now
+                if not row.tokens and self._deltas:
+                    row.tokens = self._deltas
+                    target.guessed += 1
             else:
                 self._chunk(orjson.loads(payload), now)
 
@@ -162,13 +168,17 @@ class _Reader:
             row.tokens = usage["completion_tokens"]
             row.prompt_tokens = usage.get("prompt_tokens") or row.prompt_tokens
         for choice in chunk.get("choices", ()):
-            if text := choice.get("delta", {}).get("content"):
+            delta = choice.get("delta", {})
+            text = delta.get("content")
+            # Thoughts are tokens as well; who calls them what differs.
+            if text or delta.get("reasoning_content") or delta.get("reasoning"):
+                self._deltas += 1
                 if row.first is None:
                     row.first = now
                 elif self._target._gaps:
                     row.gaps.append(now - self._last)
                 self._last = now
-                if self._target._on_text is not None:
+                if text and self._target._on_text is not None:
                     self._target._on_text(self._request, text)
 
 

@@ -276,7 +276,7 @@ def _queue(data: _Data) -> Plot | None:
     axes.set_ylabel("requests waiting")
     _legend(axes, [(name, data.colours[name]) for name in data.arms])
     seed = min(next(iter(data.arms.values())).runs)
-    words = f"Seed {seed}. Waiting: not in a slot, before the first call or between two."
+    words = f"Seed {seed}. Waiting: in the gateway, before the first call or between two."
     return Plot("queue", "The queue over time", words, figure)
 
 

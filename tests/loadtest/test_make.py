@@ -268,6 +268,14 @@ def test_lengths_of_the_recorded_answers(tmp_path: Path) -> None:
         made(apps=(App(prompts=str(path)),), longest=3)
 
 
+def test_a_length_that_nobody_knows_is_no_length(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    path.write_text('{"prompts": ["one", "two"]}')
+    ((*_, mean, p50, p90, p99, longest, forced),) = make.describe(made(apps=(App(prompts=str(path)),)))[1]
+    assert {mean, p50, p90, p99, longest} == {"–"}
+    assert forced == "0%"
+
+
 def test_a_rate_is_needed_and_said_so() -> None:
     with pytest.raises(ConfigError, match="expected a rate"):
         made(rate=None)

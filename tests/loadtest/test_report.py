@@ -224,7 +224,8 @@ def test_a_stopped_run_is_told_of_and_compared_with_nothing(folder: Path) -> Non
     said = verdict(experiment, experiment.arms())
     assert any("isrtf, seed 0: stopped" in line for line in said)
     assert not any(line.startswith("isrtf: ") for line in said)
-    assert any(line.startswith("perfect: ") for line in said)
+    # Two seeds show little; that is not to say that nothing is there.
+    assert any(re.match(r"perfect: (no difference shown|mean JCT .* than fcfs \()", line) for line in said)
 
 
 def test_the_report_says_how_long_answers_are_and_how_many_seeds_there_ought_to_be(folder: Path) -> None:
@@ -233,7 +234,10 @@ def test_the_report_says_how_long_answers_are_and_how_many_seeds_there_ought_to_
     lengths = sorted(request.tokens for request in experiment.workloads[0].requests)
     assert f"median {lengths[50]}, p90 {lengths[90]}, longest {lengths[-1]}; none of forced length" in told
     assert "predictor: noisy:0.6" in told
-    assert "fewer than the 10 that a result should rest on" in tables(experiment, experiment.arms())[0].note
+    assert re.search(r"load: 0.95 of a capacity of \d+ tokens/s, measured before the runs", told)
+    note = tables(experiment, experiment.arms())[0].note
+    assert "fewer than the 10 that a result should rest on" in note
+    assert "No sjf beside it" in note
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from elis_gateway.predictor.baselines import NoisyOracle
 from elis_gateway.sim.engine import EngineModel
 from loadtest import runner
 from loadtest.client import Client
-from loadtest.records import Row
+from loadtest.experiment import Experiment
+from loadtest.records import Row, Run
 from loadtest.settings import SETTINGS, setting
 from loadtest.stats import summarise
 from loadtest.targets import HttpTarget, capacity, simulated
@@ -79,6 +80,27 @@ async def test_a_streamed_answer_becomes_a_row() -> None:
     assert (row.slices, row.preemptions) == (3, 1)
     ((body, app),) = stub.seen
     assert (body["model"], body["temperature"], body["stream"], app) == ("m", 0, True, "greeting")
+
+
+async def test_thoughts_are_tokens_and_where_nobody_counts_them_deltas_are_counted() -> None:
+    class Thinking(Stub):
+        async def chat(self, incoming: web.Request) -> web.StreamResponse:
+            reply = web.StreamResponse()
+            await reply.prepare(incoming)
+            for delta in (b'"role":"assistant"', b'"reasoning_content":"hm"', b'"reasoning":"so"', b'"content":"hi"'):
+                await asyncio.sleep(0.02)
+                await reply.write(b'data: {"choices":[{"delta":{' + delta + b"}}]}\n\n")
+            await reply.write(b"data: [DONE]\n\n")
+            return reply
+
+    (row,), texts = await replay(Thinking(), [request(0)], gaps=True)
+    assert (row.tokens, len(row.gaps), texts) == (3, 2, ["hi"])
+    assert row.first is not None
+    assert row.end is not None
+    assert row.first + 0.03 < row.end
+    run = Run("x", "hash", [row], about={"guessed": 1})
+    (fault,) = Experiment({}, "live", ["x"], {0: Workload((request(0),))}, runs=[run]).faults()
+    assert "did not count the tokens of 1 answers" in fault
 
 
 async def test_failures_are_rows_too() -> None:
