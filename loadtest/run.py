@@ -246,8 +246,8 @@ async def _live(options: Options, work: Work, screen: Screen) -> Experiment:
                 screen.say(f"  a request was answered {status}: {words}")
 
         def begin(planned: Planned, workload: Workload, start: float) -> None:
-            label = LABELS.get(planned.setting, planned.setting)
-            watch.begin(f"{planned.setting} {planned.arm} seed {planned.seed}: {label}", workload, start)
+            name, label = f"{planned.setting} {planned.arm}".strip(), LABELS.get(planned.setting, planned.setting)
+            watch.begin(f"{name} seed {planned.seed}: {label}", workload, start)
 
         target = Live(
             make_target,
