@@ -85,27 +85,43 @@ def solve_gamma(arrival_rate: float, shares: list[tuple[float, float]], seconds_
 
 
 class Slope:
-    """By how much y grows with x, in y = a + b x with noise: least squares over the recent past, in five sums."""
+    """By how much y grows with x where z is the same, in y = a + b x + c z with noise: least squares over the recent
+    past, in nine sums."""
 
-    __slots__ = ("_n", "_x", "_xx", "_xy", "_y")
+    __slots__ = ("_n", "_x", "_xx", "_xy", "_xz", "_y", "_z", "_zy", "_zz")
 
     def __init__(self) -> None:
-        self._n = self._x = self._y = self._xx = self._xy = 0.0
+        self._n = self._x = self._y = self._z = 0.0
+        self._xx = self._xy = self._xz = self._zy = self._zz = 0.0
 
-    def add(self, x: float, y: float, weight: float) -> None:
+    def add(self, x: float, z: float, y: float, weight: float) -> None:
         """Count one observation; older ones fade over about 2,000."""
         keep = 0.9995
+        wx, wz = weight * x, weight * z
         self._n = self._n * keep + weight
-        self._x = self._x * keep + weight * x
+        self._x = self._x * keep + wx
+        self._z = self._z * keep + wz
         self._y = self._y * keep + weight * y
-        self._xx = self._xx * keep + weight * x * x
-        self._xy = self._xy * keep + weight * x * y
+        self._xx = self._xx * keep + wx * x
+        self._xz = self._xz * keep + wx * z
+        self._zz = self._zz * keep + wz * z
+        self._xy = self._xy * keep + wx * y
+        self._zy = self._zy * keep + wz * y
 
     @property
     def value(self) -> float:
         """b, at least 0; 0.0 until there is enough to tell."""
-        spread = self._xx * self._n - self._x * self._x
-        return max((self._xy * self._n - self._x * self._y) / spread, 0.0) if spread > 1e-12 else 0.0
+        n = self._n
+        xx = self._xx * n - self._x * self._x
+        zz = self._zz * n - self._z * self._z
+        xz = self._xz * n - self._x * self._z
+        xy = self._xy * n - self._x * self._y
+        zy = self._zy * n - self._z * self._y
+        # Where z never varies, x alone explains.
+        spread = xx * zz - xz * xz
+        if spread > 1e-9 * xx * zz and zz > 1e-12:
+            return max((xy * zz - zy * xz) / spread, 0.0)
+        return max(xy / xx, 0.0) if xx > 1e-12 else 0.0
 
 
 _STEP = 1.02

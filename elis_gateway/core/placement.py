@@ -43,6 +43,7 @@ class Running:
         "job",
         "key",
         "mark_at",
+        "mark_begun",
         "mark_calm",
         "mark_full",
         "mark_tokens",
@@ -72,7 +73,9 @@ class Running:
         self.mark_at = now
         self.mark_tokens = self.base
         self.calm = self.mark_calm = upstream.continued
-        """Continuations that had begun on the upstream when this slice was sent, and at the last mark."""
+        """Continuations that had got a slot on the upstream when this one did, and at the last mark."""
+        self.mark_begun = upstream.begun
+        """Prompt tokens of first calls that had got one at the last mark."""
         self.mark_full = False
         """Every slot was taken at the last mark."""
         self.queued = upstream.full
@@ -89,8 +92,8 @@ class Upstream:
     """One upstream's slots, its slices in flight, and the jobs whose prefix it has cached."""
 
     __slots__ = (
-        "_victims", "closing", "continued", "ending", "free", "full", "info", "pools", "queue", "running", "settling",
-        "unstarted",
+        "_victims", "begun", "closing", "continued", "ending", "free", "full", "info", "pools", "queue", "running",
+        "settling", "unstarted",
     )  # fmt: skip
 
     def __init__(self, info: UpstreamInfo) -> None:
@@ -111,7 +114,9 @@ class Upstream:
         self.unstarted: dict[int, Running] = {}
         """Slices sent whose first token has not come: in prefill, or in the engine's own queue."""
         self.continued = 0
-        """Continuations that have begun here, ever."""
+        """Continuations that have got a slot here, ever."""
+        self.begun = 0
+        """Prompt tokens of the first calls that have got one."""
         self.settling = False
         """A job has just yielded to a call in the engine's queue, and that has not begun."""
         self._victims: list[tuple[int, float, int, int, Running]] = []
@@ -131,6 +136,9 @@ class Upstream:
         self.free -= 1
         calls = self.running
         calls[running.id] = self.unstarted[running.id] = running
+        if not running.queued:
+            self.seated(running)
+            running.calm = self.continued  # its own beginning disturbs the others, not itself
         self.full = len(calls) >= self.info.slots
 
     def ended(self, running: Running) -> None:
@@ -152,6 +160,15 @@ class Upstream:
         if waiting:
             first = min(waiting, key=lambda r: (r.slice.priority, r.id)) if self.info.orders else waiting[0]
             first.slot_at = now
+            self.seated(first)
+
+    def seated(self, running: Running) -> None:
+        """A call has got its slot: what of its prompt is not cached is read now, and may hold up the others."""
+        job = running.job
+        if job.first_token is None:
+            self.begun += job.spec.prompt_tokens
+        else:
+            self.continued += 1
 
     @property
     def takes(self) -> bool:

@@ -39,6 +39,8 @@ _FINISHED, _WINDOW, _PREEMPTED = SliceEnd.FINISHED, SliceEnd.WINDOW, SliceEnd.PR
 _COMPLETED = Outcome.COMPLETED
 _SEAM_TOKENS = 2.0
 """Assumed until learned; an engine on a GPU needs one or two, a small one on a CPU four."""
+_HALF_DONE = 0.5
+"""Of the token that a cut call was making, on average: work that is lost."""
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -148,6 +150,8 @@ class Scheduler:
         tokens = attained - running.base
         job.served += self._slot_time(running, tokens, now)
         job.disturbed += upstream.continued - running.calm
+        if job.state is not _DONE:
+            slots.measure(running, attained, now)
         upstream.ended(running)
         if upstream.info.overcommit and (running.started or tokens > 0):
             upstream.passes_on(now)
@@ -161,7 +165,6 @@ class Scheduler:
             self.jobs.pop(job.spec.id, None)
             slots.fill(upstream, now)
             return slots.take()
-        slots.measure(running, attained, now)
         if tokens > 0:
             job.failures = 0
             job.avoid = None
@@ -366,9 +369,10 @@ class Scheduler:
 
     def _shadow(self, job: Job) -> None:
         """Tell first-come's shadow what the job turned out to need: its slot time without the seams our order cost,
-        its own and, where a prompt holds up everybody's decoding, those of others beside it."""
+        its own with the token that was being made when it was cut, and, where a prompt holds up everybody's decoding,
+        those of others beside it."""
         pool = job.pool
-        seams = job.seams * self.room.seam_tokens * pool.seconds_per_token
+        seams = (job.seams * self.room.seam_tokens + job.preemptions * _HALF_DONE) * pool.seconds_per_token
         stalls = job.disturbed * pool.stall.value
         pool.shadow.over(job, max(job.served - seams - stalls, 0.0))
 

@@ -225,6 +225,8 @@ class Slots:
         settled, upstream.settling = upstream.settling, False
         if running.ending:
             upstream.closing += 1
+        if running.queued and running.slot_at is None:
+            upstream.seated(running)
         if job.first_token is None:
             job.first_token = now
         else:
@@ -232,12 +234,10 @@ class Slots:
             slot_at = running.slot_at if running.queued else running.sent
             if self._config.seam_cost is None and slot_at is not None:
                 self._room.seam_took(now - slot_at, job.pool)
-            # Its own beginning disturbs the others, not itself.
-            upstream.continued += 1
-            running.calm += 1
         running.mark_at = now
         running.mark_tokens = job.attained + 1
         running.mark_calm = upstream.continued
+        running.mark_begun = upstream.begun
         running.mark_full = upstream.full
         if running.queued:
             # What came before the first token was a wait, and a seam.
@@ -263,11 +263,13 @@ class Slots:
             if full and running.mark_full:
                 # A slot that was empty meanwhile would have made the pace faster, and continuations are begun when
                 # none is.
-                pool.stall.add((continued - running.mark_calm) / tokens, pace, tokens)
+                others = (continued - running.mark_calm) / tokens
+                pool.stall.add(others, (upstream.begun - running.mark_begun) / tokens, pace, tokens)
             running.mark_full = full
             running.mark_at = now
             running.mark_tokens = attained
             running.mark_calm = continued
+            running.mark_begun = upstream.begun
 
     def rescored(self, running: Running, now: float) -> None:
         """A running job's remaining work was looked at again: its key, and whether it should yield."""

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from elis_gateway.core.job import Job, JobSpec, Outcome
+from elis_gateway.core.lengths import Slope
 from elis_gateway.core.placement import Pool
 from elis_gateway.core.policy import FCFS, ISRTF, Policy
 from elis_gateway.core.scheduler import Scheduler, SchedulerConfig
@@ -86,14 +87,36 @@ def test_the_shadow_tells_what_a_first_come_run_gives(load):
 
 @pytest.mark.parametrize("name", ["vllm-cpu", "llama-cpp"])
 def test_so_it_does_on_engines_that_a_prompt_stalls(name):
-    """There every seam holds up all slots, and the pace depends on how many are taken."""
+    """There every seam holds up all slots, as every new prompt does, and the pace depends on how many are taken."""
     model = EngineModel.load(name)
     stretch = 50.0 / model.capacity
-    work = [j._replace(arrival=j.arrival * stretch, prompt_tokens=40) for j in traffic(3, 3000, 0.85, 1)]
+    draw = random.Random(0).randint
+    arrivals = traffic(5, 4000, 0.88, 1)
+    work = [j._replace(arrival=j.arrival * stretch, prompt_tokens=draw(5, 75)) for j in arrivals]
     real, _ = served(work, FCFS(), model.slots, model)
     _, shadow = served(work, ISRTF(), model.slots, model, seam_cost=None)
-    assert shadow.shadow_mean == pytest.approx(sum(real) / len(real), rel=0.03)
+    assert shadow.shadow_mean == pytest.approx(sum(real) / len(real), rel=0.02)
     assert shadow.p99.value == pytest.approx(real[int(0.99 * len(real))], rel=0.10)
+
+
+def test_what_a_continuation_costs_the_others_is_told_from_what_new_prompts_do():
+    """Both come when a slot changes hands, so that each alone would explain what the other does."""
+    draw = random.Random(1)
+    stall = Slope()
+    for _ in range(3000):
+        continued = draw.randint(0, 2)
+        prompts = 40.0 * continued + draw.randint(0, 60)
+        stall.add(continued, prompts, 1.0 + 0.005 * continued + 0.01 * prompts + draw.gauss(0.0, 0.01), 50.0)
+    assert stall.value == pytest.approx(0.005, abs=0.001)
+
+
+@pytest.mark.parametrize("prompts", [0.0, 40.0])
+def test_where_no_prompt_varies_continuations_explain_all(prompts):
+    stall = Slope()
+    assert stall.value == 0.0
+    for continued in (0, 1, 2, 1, 0, 2):
+        stall.add(continued, prompts, 1.0 + 0.5 * continued, 50.0)
+    assert stall.value == pytest.approx(0.5)
 
 
 def test_the_promise_is_kept_where_plain_isrtf_breaks_it():
