@@ -322,7 +322,7 @@ def draw(result: dict[str, Any], at: list[float], memory: list[float], lag: list
         # Calls before the first minute are those that filled what remembers.
         shown = [m for m in result[name] if m["minute"] >= 0]
         middle.plot([m["minute"] + 0.5 for m in shown], [m["slowdown"] for m in shown], color=color, label=label)
-    middle.legend(loc="lower right")
+    middle.legend(loc="upper right")
     middle.set_ylim(0)
     middle.set_ylabel("over the least possible,\nmedian of a minute")
     bottom.plot(minutes[1:], lag, color="#c77700")
