@@ -147,7 +147,8 @@ def _simulated(cell: Cell, seed: int) -> tuple[list[Record], dict[str, float]]:
     slots = cell.slots * cell.workers
     jobs = _jobs(cell.work, cell.load, slots, cell.seam, cell.arrivals, cell.pace, cell.rate, seed)
     model = EngineModel(cell.slots, ((1, RATE * cell.pace),), seam_tokens=cell.seam, orders=cell.overcommit > 0)
-    known = predictor(cell.knows, jobs, seed)
+    past = lengths(cell.work, JOBS, random.Random(f"past {seed}")) if cell.knows.endswith("calibrated") else []
+    known = predictor(cell.knows, jobs, seed, [tokens for _, tokens in past])
     core, in_hand = scheduler(cell.setting)
     result = simulate(
         jobs, core, {f"e{n}": Engine(model) for n in range(cell.workers)}, known,

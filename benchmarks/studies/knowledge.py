@@ -1,29 +1,33 @@
 """What is known of the lengths in a study, by short names, a fresh predictor per run.
 
 ``noisyS``: off by a factor of e^±S, drawn once per job and counted down. ``noisyS+floor``: the same, and a job that
-outlives its estimate is taken to have half of what it made still to go. ``shuffled``: perfect lengths of other jobs.
-``refiningS``: drawn anew at every window, sigma falling by a quarter each time. ``firstS``: the first of those alone,
-counted down. ``lateS``: noisyS that takes its time (the cell's latency). ``history``: learned from nothing while
-serving; ``history-app``: knows the application; ``-first``: only the first estimate, counted down.
+outlives its estimate is taken to have half of what it made still to go. ``noisyS+calibrated``: what such an estimate
+means, seen as many earlier answers of the same work. ``shuffled``: perfect lengths of other jobs. ``refiningS``: drawn
+anew at every window, sigma falling by a quarter each time. ``firstS``: the first of those alone, counted down.
+``lateS``: noisyS that takes its time (the cell's latency). ``history``: learned from nothing while serving;
+``history-app``: knows the application; ``-first``: only the first estimate, counted down.
 """
 
 from __future__ import annotations
 
 import random
+from array import array
+from collections import Counter
 from collections.abc import Sequence
-from math import exp
+from math import exp, log
 
 from elis_gateway.core.job import Estimate
 from elis_gateway.predictor.base import Predictor, View, clamp
 from elis_gateway.predictor.baselines import Instant, NoisyOracle
+from elis_gateway.predictor.gittins import BINS, EDGES, LengthTable, bin_of
 from elis_gateway.predictor.history import History
 from elis_gateway.sim.simulator import SimJob
 
 __all__ = ["predictor"]
 
 
-def predictor(name: str, jobs: Sequence[SimJob], seed: int) -> Predictor | None:
-    """Raises ValueError for a name that is not known."""
+def predictor(name: str, jobs: Sequence[SimJob], seed: int, past: Sequence[int] = ()) -> Predictor | None:
+    """``past``: lengths of earlier answers, where knowledge rests on some. Raises ValueError for an unknown name."""
     lengths = {job.id: job.output_tokens for job in jobs}
     if name == "none":
         return None
@@ -33,6 +37,9 @@ def predictor(name: str, jobs: Sequence[SimJob], seed: int) -> Predictor | None:
         return NoisyOracle(dict(zip(lengths, dealt, strict=True)), 0.0)
     if name.startswith("history"):
         return Told(History(), lengths, first="-first" in name, app="-app" in name)
+    if name.endswith("+calibrated"):
+        sigma = float(name.removeprefix("noisy").removesuffix("+calibrated"))
+        return Calibrated(NoisyOracle(lengths, sigma, seed=seed), sigma, past)
     for start, make in (("noisy", _noisy), ("refining", _refining), ("first", _first), ("late", _late)):
         if name.startswith(start):
             return make(float(name[len(start) :].removesuffix("+floor")), lengths, seed, name.endswith("+floor"))
@@ -66,6 +73,37 @@ class Floored(Instant):
         said = self._inner.instant(view)
         assert said is not None
         return Estimate(max(said.remaining, 0.5 * view.attained), None, said.source) if said.remaining <= 1 else said
+
+
+class Calibrated(Instant):
+    """What an estimate means, seen the lengths of earlier answers and how far estimates were off: a distribution, so
+    that an index is known, and a job that outlives its estimate has more to go the longer it lasts."""
+
+    def __init__(self, inner: NoisyOracle, sigma: float, past: Sequence[int]) -> None:
+        self._inner, self._sigma = inner, sigma
+        self._seen = Counter(map(bin_of, (tokens - 1 for tokens in past)))
+        self._tables: dict[str, LengthTable] = {}
+
+    def instant(self, view: View) -> Estimate | None:
+        table = self._tables.get(view.job_id)
+        if table is None:
+            table = self._tables[view.job_id] = self._meant(view)
+        mean, index = table(view.attained, view.allowed)
+        return Estimate(mean, index, "calibrated")
+
+    def _meant(self, view: View) -> LengthTable:
+        """Bayes: how often each length came, times how likely it would have led to this estimate."""
+        first = self._inner.instant(view._replace(attained=0, allowed=None))
+        assert first is not None
+        weights = array("d", bytes(8 * BINS))
+        for number, count in self._seen.items():
+            off = log(first.remaining / ((EDGES[number] + EDGES[number + 1] + 1) / 2)) / self._sigma
+            weights[number] = count * exp(-off * off / 2)
+        beyond, hazards = 0.0, array("d", bytes(8 * BINS))
+        for number in range(BINS - 1, -1, -1):
+            beyond += weights[number]
+            hazards[number] = weights[number] / beyond if beyond > 0 else 1.0
+        return LengthTable(hazards)
 
 
 class Refining(Instant):
