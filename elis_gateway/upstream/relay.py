@@ -85,7 +85,7 @@ class Relay:
                 named = await upload.model(boundary[1].encode())
                 named = self.aliases.get(named, named)
                 # Nobody is refused for a field of a form: what no upstream lists, one of them may serve all the same.
-                model = named if self._fleet.knows(named) else None
+                model = named if named and self._fleet.knows(named) else None
         tried: set[str] = set()
         upstream = self._first(model)
         while True:

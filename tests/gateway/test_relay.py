@@ -20,7 +20,7 @@ from tests.gateway.world import begin, until
 
 
 class Engine:
-    """Lists one model, and shows what it was sent under /v1/echo."""
+    """Lists one model, or none, and shows what it was sent under /v1/echo."""
 
     def __init__(self, model: str) -> None:
         self.model = model
@@ -54,7 +54,7 @@ class Engine:
         return web.Response()
 
     async def _models(self, request: web.Request) -> web.Response:
-        return web.json_response({"data": [{"id": self.model}]})
+        return web.json_response({"data": [{"id": self.model}] if self.model else []})
 
     async def _echo(self, request: web.Request) -> web.StreamResponse:
         self.headers = request.headers.copy()
@@ -182,6 +182,16 @@ async def test_a_form_goes_to_who_serves_its_model() -> None:
         async with session.post(url + "/v1/audio/transcriptions", data=form) as response:
             assert response.status == 201
             assert (await response.read()).count(b"x") >= 200_000
+
+
+async def test_a_form_that_names_no_model_goes_to_anybody() -> None:
+    """Also while no upstream has told which models it serves: any name may be one then, but none is not."""
+    async with behind("") as (url, (engine,), session):
+        form = FormData()
+        form.add_field("file", b"x" * 9000, filename="short.wav")
+        async with session.post(url + "/v1/audio/transcriptions", data=form) as response:
+            assert response.status == 201
+            assert await response.read() == engine.bodies[-1]
 
 
 async def test_bodies_stream_both_ways() -> None:
