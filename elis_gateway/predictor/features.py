@@ -219,8 +219,8 @@ def _foreign(text: str) -> float:
 
 # ---- the answer so far -----------------------------------------------------------------------------------------
 
-_NUMBERED = re.compile(r"\n[ \t]*(?:\*\*|#{1,4} )?(\d{1,3})[.)]")
-_BULLET = re.compile(r"\n[ \t]*[-*•][ \t]")
+_ITEM = re.compile(r"\n[ \t]*(?:(?:\*\*|#{1,4} )?(\d{1,3})[.)]|[-*•][ \t])")
+"""An item of a list; of a numbered one with its number."""
 _HEADING = re.compile(r"\n(?:#{1,6} |\*\*[^*\n]{1,80}\*\*:?\n|Step \d)")
 _CLOSING = (
     "in conclusion", "in summary", "to summar", "overall,", "ultimately", "in short", "hope this", "hope that",
@@ -228,10 +228,12 @@ _CLOSING = (
     "by following", "with these", "sincerely", "regards", "the end",
     "요약", "결론", "마지막으로", "도움이", "总之", "希望",
 )  # fmt: skip
+_CLOSING_ASCII = tuple(phrase for phrase in _CLOSING if phrase.isascii())
 _CONCLUDING = (
     "therefore", "thus,", "hence", "so the", "final answer", "answer is", '"answer"', "\\boxed", "따라서", "因此",
     "答案",
 )  # fmt: skip
+_CONCLUDING_ASCII = tuple(phrase for phrase in _CONCLUDING if phrase.isascii())
 _REFUSAL = (
     "i'm sorry", "i am sorry", "i apolog", "i cannot", "i can't", "unable to", "as an ai", "language model",
     "i don't have", "i do not have", "please provide", "could you", "죄송", "抱歉",
@@ -304,20 +306,21 @@ class _Counts(NamedTuple):
     open: int = 0
     close: int = 0
     spaces: int = 0
+    headings: int = 0
     last_number: int = 0
     last_start: int = -1
     """Of a list item, where it begins."""
 
-    def further(self, text: str, at: int, end: int) -> _Counts:
-        """With those from ``at`` to ``end``."""
+    def further(self, text: str, at: int, end: int, headings: int) -> _Counts:
+        """With those from ``at`` to ``end``, and so many headings."""
         numbered, bullets, last_number, last_start = self.numbered, self.bullets, self.last_number, self.last_start
-        for found in _NUMBERED.finditer(text, at, end):
-            numbered += 1
-            last_number = int(found[1])
-            last_start = max(last_start, found.start())
-        for found in _BULLET.finditer(text, at, end):
-            bullets += 1
-            last_start = max(last_start, found.start())
+        for found in _ITEM.finditer(text, at, end):
+            last_start = found.start()
+            if number := found[1]:
+                numbered += 1
+                last_number = int(number)
+            else:
+                bullets += 1
         return _Counts(
             numbered,
             bullets,
@@ -328,6 +331,33 @@ class _Counts(NamedTuple):
             self.open + text.count("{", at, end),
             self.close + text.count("}", at, end),
             self.spaces + text.count(" ", at, end),
+            self.headings + headings,
+            last_number,
+            last_start,
+        )
+
+    def ended(self, text: str, at: int, line: int, headings: int) -> _Counts:
+        """With those from ``at`` on, where there are newlines up to ``line`` and none beyond: ``further``, for less."""
+        numbered, bullets, last_number, last_start = self.numbered, self.bullets, self.last_number, self.last_start
+        if found := _ITEM.match(text, line):
+            last_start = line
+            if number := found[1]:
+                numbered += 1
+                last_number = int(number)
+            else:
+                bullets += 1
+        newlines = line + 1 - at
+        return _Counts(
+            numbered,
+            bullets,
+            self.newlines + newlines,
+            self.breaks + newlines // 2,
+            self.fences + text.count("```", line),
+            self.bold + text.count("**", line),
+            self.open + text.count("{", line),
+            self.close + text.count("}", line),
+            self.spaces + text.count(" ", line),
+            self.headings + headings,
             last_number,
             last_start,
         )
@@ -336,28 +366,36 @@ class _Counts(NamedTuple):
 class _Lines:
     """What was counted in an answer up to the start of a line, where counting goes on when there is more of it.
 
-    Nothing that is counted reaches across such a place, or across a run of newlines, which is not parted.
+    Nothing that is counted reaches across such a place, or across a run of newlines, which is not parted; but a heading
+    may take in the newline there, with which the next one cannot begin then.
     """
 
-    __slots__ = ("_at", "_before", "_counts")
+    __slots__ = ("_at", "_before", "_counts", "_heading")
 
     def __init__(self) -> None:
         self._at = 0
         self._before = 0
         """By which the text is known again."""
         self._counts = _Counts()
+        self._heading = 0
+        """Where the next heading may begin."""
 
     def read(self, text: str) -> _Counts:
         """The counts of all of ``text``; those of its complete lines are kept."""
         if self._at and _mark(text, self._at) != self._before:
-            self._at, self._counts = 0, _Counts()  # another text: from the beginning
-        end = text.rfind("\n")
+            self._at, self._counts, self._heading = 0, _Counts(), 0  # another text: from the beginning
+        line = end = text.rfind("\n")
         while end > 0 and text[end - 1] == "\n":
             end -= 1
         if end > self._at:
-            self._counts = self._counts.further(text, self._at, end)
+            headings = 0
+            for found in _HEADING.finditer(text, self._heading, end + 1):
+                headings += 1
+                self._heading = found.end()
+            self._heading = max(self._heading, end)
+            self._counts = self._counts.further(text, self._at, end, headings)
             self._at, self._before = end, _mark(text, end)
-        return self._counts.further(text, self._at, len(text))
+        return self._counts.ended(text, end, line, len(_HEADING.findall(text, self._heading)))
 
 
 _KNOWN = 24
@@ -391,8 +429,19 @@ def _answer(asked: _Prompt, answer: str, attained: int, lines: _Lines) -> list[f
     last_line = size - (answer.rfind("\n") + 1)
     last_paragraph = size - (answer.rfind("\n\n") + 2 if paragraphs else 0)
     ended = tail.rstrip()
-    closing = [at for phrase in _CLOSING if (at := end.rfind(phrase)) >= 0]
     parts = tail.split()
+    plain = end.isascii()
+    closing, closed = 0, 0
+    # Whether it is there at all is asked first: that takes half of what looking for its place does.
+    for phrase in _CLOSING_ASCII if plain else _CLOSING:
+        if phrase in end:
+            closing += 1
+            closed = max(closed, end.rfind(phrase))
+    concluding = 0.0
+    for phrase in _CONCLUDING_ASCII if plain else _CONCLUDING:
+        if phrase in end:
+            concluding = 1.0
+            break
     return [
         log1p(attained),
         log1p(size),
@@ -406,7 +455,7 @@ def _answer(asked: _Prompt, answer: str, attained: int, lines: _Lines) -> list[f
         log1p(seen.numbered),
         log1p(last_number),
         log1p(seen.bullets),
-        log1p(len(_HEADING.findall(text))),
+        log1p(seen.headings),
         log1p(seen.bold / 2),
         log1p(fences),
         float(fences % 2),
@@ -419,9 +468,9 @@ def _answer(asked: _Prompt, answer: str, attained: int, lines: _Lines) -> list[f
         float(ended.endswith((".", "!", "?", "。", "”", '"', "다.", "）", ")"))),
         float(tail.endswith("\n")),
         float(ended.endswith("```") and not fences % 2),
-        log1p(len(closing)),
-        log1p(len(end) - max(closing)) if closing else 0.0,
-        float(any(phrase in end for phrase in _CONCLUDING)),
+        log1p(closing),
+        log1p(len(end) - closed) if closing else 0.0,
+        concluding,
         refusal,
         opening,
         1.0 - len(set(parts)) / len(parts) if parts else 0.0,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elis_gateway.predictor import features as f
+from tests.predictor import plain_features
+
+POOL = Path(__file__).parents[2] / "loadtest" / "data" / "pool.jsonl"
 
 
 def of(prompt: str, answer: str = "", attained: int | None = None) -> dict[str, float]:
@@ -29,6 +34,7 @@ def test_every_text_gives_finite_small_numbers_in_the_same_order(prompt: str, an
 _PIECES = (
     "\n", "\n\n", "\n\n\n", " ", "**", "*", "```", "`", "{", "}", "1.", "2)", "3", "- ", "* ", "# ", "**Bold**:\n",
     "**B**\n", "word", "\t", "12.", "overall, ", "한",
+    "Step 1", "Overall, ", "Thus, ", "I hope this", "요약", "따라서", "٣.",
 )  # fmt: skip
 
 
@@ -38,10 +44,23 @@ def test_a_growing_answer_is_read_as_one_that_was_there_at_once(grown: list[str]
     reading, answer = f.Reading("five tips in 300 words"), ""
     for more in grown:
         answer += more
-        assert reading(answer, len(answer)) == f.features("five tips in 300 words", answer, len(answer))
+        seen = reading(answer, len(answer))
+        assert seen == f.features("five tips in 300 words", answer, len(answer))
+        assert seen == plain_features.features("five tips in 300 words", answer, len(answer))
     # Not what it was: counted from the beginning.
     other = "Some {other} answer.\n\n" * 30
     assert reading(other, 9) == f.features("five tips in 300 words", other, 9)
+
+
+def test_real_answers_are_counted_to_the_last_bit_as_plainly() -> None:
+    rows = [json.loads(line) for line in POOL.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) > 100
+    for row in rows:
+        reading = f.Reading(row["prompt"])
+        # Windows of 50 tokens, nearly, and some that end in the middle of a line or of a run of newlines.
+        for at in (*range(0, len(row["answer"]), 219), len(row["answer"])):
+            seen = row["answer"][:at]
+            assert reading(seen, at // 4) == plain_features.features(row["prompt"], seen, at // 4)
 
 
 def test_another_text_is_noticed_where_a_line_does_not_end() -> None:
@@ -54,7 +73,8 @@ def test_of_a_very_long_answer_the_beginning_is_counted_and_the_end_looked_at() 
     answer = "1. **x** {\n- y y\n\n" * 3000
     reading = f.Reading("p")
     for size in (10, 5000, 16_383, 16_384, 16_385, 30_000, len(answer)):
-        assert reading(answer[:size], size) == f.features("p", answer[:size], size)
+        seen = reading(answer[:size], size)
+        assert seen == f.features("p", answer[:size], size) == plain_features.features("p", answer[:size], size)
     assert of("p", answer)["bullets"] < math.log1p(1000)
 
 
