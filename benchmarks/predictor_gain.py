@@ -17,6 +17,11 @@ arrivals, no aging: one application (mean over 13 served models), and six applic
 maths, code reading, snippets, role play; equally many requests each; mean over seeds, each of which draws who answers
 in each). What was learned is frozen during a run. Share: how much of perfect knowledge's gain over first-come is
 reached, with an interval by jackknife over models or seeds. Learned answers are counted over all applications together.
+
+*The published method* (``--published``, on its own, since every window of every answer has to be encoded: half an hour
+for one application): fixed windows, prompt and partial answer re-scored after each, which takes 30 ms of virtual time;
+beside it fixed windows with perfect knowledge, and its model's estimates under elastic windows. What it said is kept in
+a file, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ import platform
 import random
 import subprocess
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import exp, sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -61,6 +66,8 @@ MIX = {
     "role play": ("gpteacher_roleplay",),
 }
 RATE, SLOTS, LOAD, SEAM = 30.0, 4, 0.95, 1.5
+LATENCY = 0.03
+"""Seconds that re-scoring takes with the published method's model; the others answer at once."""
 
 
 class Answer(NamedTuple):
@@ -238,20 +245,56 @@ def lead(learner: Learner, shipped: Shipped, asked: Sequence[Answer], times: int
 # ---- completion time ------------------------------------------------------------------------------------------------
 
 
+class Published:
+    """The published method's model on recorded answers."""
+
+    def __init__(self, folder: Path, kept: Path) -> None:
+        self._model = Model(folder)
+        self._kept = kept
+        self._said: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
+
+    def __call__(self, answer: Answer, attained: int) -> float:
+        key = f"{answer.prompt_id} {answer.model} {attained}"
+        if key not in self._said:
+            vectors = self._model.encode([(answer.prompt, answer.so_far(attained))])
+            [said] = self._model.head(vectors, np.zeros((1, 0), dtype=np.float32), [answer.model])
+            self._said[key] = round(exp(said), 2)
+        return self._said[key]
+
+    def save(self) -> None:
+        self._kept.parent.mkdir(parents=True, exist_ok=True)
+        self._kept.write_text(json.dumps(self._said))
+
+
+Says = Callable[[Answer, int], float]
+
+
 class Frozen:
     """A predictor for simulations whose jobs are recorded answers; learns nothing while it runs."""
 
     reads_text = False
-    refines = False
 
-    def __init__(self, kind: str, jobs: dict[str, Answer], learner: Learner, shipped: Shipped) -> None:
+    def __init__(
+        self,
+        kind: str,
+        jobs: dict[str, Answer],
+        learner: Learner | None = None,
+        shipped: Shipped | None = None,
+        published: Says | None = None,
+    ) -> None:
         self._kind, self._jobs, self._learner, self._shipped = kind, jobs, learner, shipped
+        self._published = published
+        self.refines = kind == "published"
         self._made: dict[tuple[str, str, int], Prediction] = {}
 
     def instant(self, view: View) -> Estimate | None:
+        if self.refines:
+            return None
         answer, at = self._jobs[view.job_id], view.attained
         if self._kind == "perfect":
             return Estimate(float(max(answer.tokens - at, 1)))
+        assert self._learner is not None
+        assert self._shipped is not None
         if self._kind == "history":
             return self._learner.history.instant(view)
         if self._kind == "raw":
@@ -270,7 +313,8 @@ class Frozen:
         return Estimate(made.mean, made.gittins, "bge")
 
     async def refine(self, views: Sequence[View]) -> list[Estimate | None]:
-        return [self.instant(view) for view in views]
+        assert self._published is not None
+        return [Estimate(clamp(self._published(self._jobs[view.job_id], view.attained), None)) for view in views]
 
     def learn(self, view: View, *, complete: bool) -> None: ...
 
@@ -290,11 +334,23 @@ ARMS = {
 }
 
 
-def mean_jct(policy: str, order_by: str, jobs: list[SimJob], predictor: Frozen, dropped: int) -> float:
+PUBLISHED = {
+    "perfect, ISRTF": ("perfect", "elastic"),
+    "perfect, fixed windows": ("perfect", "fixed"),
+    "published method": ("published", "fixed"),
+    "published method's model, elastic windows": ("published", "elastic"),
+}
+
+
+def mean_jct(
+    policy: str, order_by: str, jobs: list[SimJob], predictor: Frozen, dropped: int, mode: Any = "elastic"
+) -> float:
     options: dict[str, Any] = {} if policy == "fcfs" else {"order": order_by, "aging": Aging("none")}
     chosen = make_policy(policy, **options)
-    core = Scheduler(SchedulerConfig(seconds_per_token=1 / RATE, seam_cost=SEAM), chosen)
-    result = simulate(jobs, core, {"engine": Engine(EngineModel(SLOTS, ((1, RATE),), seam_tokens=SEAM))}, predictor)
+    rescore: Any = "always" if mode == "fixed" else "contended"
+    core = Scheduler(SchedulerConfig(seconds_per_token=1 / RATE, seam_cost=SEAM, mode=mode, rescore=rescore), chosen)
+    engine = Engine(EngineModel(SLOTS, ((1, RATE),), seam_tokens=SEAM))
+    result = simulate(jobs, core, {"engine": engine}, predictor, latency=LATENCY)
     return fmean(record.jct for record in result.records[dropped:])
 
 
@@ -312,11 +368,11 @@ def workload(pools: dict[str, list[Answer]], count: int, seed: str) -> tuple[lis
     return jobs, answers
 
 
-def completion(
-    shipped: Shipped, units: dict[str, tuple[dict[str, list[Answer]], dict[str, list[Answer]]]], learned: Sequence[int],
-    jobs_per_run: int, what: str,
-) -> dict[str, Any]:  # fmt: skip
-    """``units``: by name, the answers learned from and those asked, by application."""
+Units = dict[str, tuple[dict[str, list[Answer]], dict[str, list[Answer]]]]
+"""By name, the answers learned from and those asked, by application."""
+
+
+def completion(shipped: Shipped, units: Units, learned: Sequence[int], jobs_per_run: int, what: str) -> dict[str, Any]:
     ratios: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for name, (taught, asked) in units.items():
         jobs, answers = workload(asked, jobs_per_run, f"{what} {name}")
@@ -339,12 +395,28 @@ def completion(
                 ratios[str(count)][arm].append(mean_jct(policy, order_by, jobs, predictor, dropped) / base)
         print(f"{what}: {name} done", flush=True)
     perfect = ratios["0"]["perfect, ISRTF"]
+    return {count: summary(arms, perfect) for count, arms in ratios.items()}
+
+
+def published(units: Units, said: Says, jobs_per_run: int, what: str, done: Callable[[], None]) -> dict[str, Any]:
+    """The same workloads as ``completion``'s, which has the other arms."""
+    ratios: dict[str, list[float]] = defaultdict(list)
+    for name, (_, asked) in units.items():
+        jobs, answers = workload(asked, jobs_per_run, f"{what} {name}")
+        dropped = jobs_per_run // 6
+        base = mean_jct("fcfs", "mean", jobs, Frozen("perfect", answers), dropped)
+        for arm, (kind, mode) in PUBLISHED.items():
+            predictor = Frozen(kind, answers, published=said)
+            ratios[arm].append(mean_jct("isrtf", "mean", jobs, predictor, dropped, mode) / base)
+        done()
+        print(f"{what}: {name} done: {', '.join(f'{arm} {runs[-1]:.2f}' for arm, runs in ratios.items())}", flush=True)
+    return summary(ratios, ratios["perfect, ISRTF"])
+
+
+def summary(arms: dict[str, list[float]], perfect: list[float]) -> dict[str, Any]:
     return {
-        count: {
-            arm: {"mean over first-come": round(fmean(runs), 4), "share": share(runs, perfect)}
-            for arm, runs in arms.items()
-        }
-        for count, arms in ratios.items()
+        arm: {"mean over first-come": round(fmean(runs), 4), "share": share(runs, perfect)}
+        for arm, runs in arms.items()
     }
 
 
@@ -392,35 +464,47 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="orders of learned answers; mixes: three times as many")
     parser.add_argument("--jobs", type=int, default=3000, help="per simulated run, the first sixth dropped")
     parser.add_argument("--parts", nargs="+", default=["order", "one", "six"], choices=["order", "one", "six"])
+    parser.add_argument("--published", action="store_true", help="the published method, and nothing else")
+    parser.add_argument("--kept", type=Path, default=ROOT / "build/published.json", help="what its model said")
     parser.add_argument("--output", type=Path)
     asked = parser.parse_args()
     answers = read(asked.data)
-    shipped = Shipped(folder_of(asked.model), asked.embeddings)
-    shipped.encode(answers)
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     result: dict[str, Any] = {
         "about": {
             "commit": commit.stdout.strip(),
             "date": datetime.date.today().isoformat(),
             "machine": f"{platform.machine()}, Python {platform.python_version()}, shared",
-            "model": f"{shipped.model.manifest.name}, {shipped.model.manifest.created}",
             "split": asked.split,
             "seeds": asked.seeds,
             "jobs": asked.jobs,
         }
     }
+    one, six = one_application(answers, asked.split), six_applications(answers, asked.split, 3 * asked.seeds)
+    if asked.published:
+        model = Published(folder_of(asked.model or "elis-paper"), asked.kept)
+        for part, name, units in (("one", "one application", one), ("six", "six applications", six)):
+            if part in asked.parts:
+                result[name] = published(units, model, asked.jobs, part, model.save)
+        write(result, asked.output)
+        return
+    shipped = Shipped(folder_of(asked.model), asked.embeddings)
+    shipped.encode(answers)
+    result["about"]["model"] = f"{shipped.model.manifest.name}, {shipped.model.manifest.created}"
     if "order" in asked.parts:
         result["order"] = order(shipped, answers, asked.split, asked.seeds)
     if "one" in asked.parts:
-        one = one_application(answers, asked.split)
         result["one application"] = completion(shipped, one, LEARNED, asked.jobs, "one")
     if "six" in asked.parts:
-        six = six_applications(answers, asked.split, 3 * asked.seeds)
         result["six applications"] = completion(shipped, six, (0, 100, 500, 2000), asked.jobs, "six")
+    write(result, asked.output)
+
+
+def write(result: dict[str, Any], output: Path | None) -> None:
     text = json.dumps(result, indent=1)
     print(text)
-    if asked.output:
-        asked.output.write_text(text + "\n", encoding="utf-8")
+    if output:
+        output.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
