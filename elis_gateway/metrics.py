@@ -96,7 +96,7 @@ SERIES = (
         "elis_estimate_coverage",
         "gauge",
         ("model",),
-        "Share of truths within bounds meant for four of five.",
+        "Share of truths within bounds meant for four of five; NaN: none were named.",
     ),
     Series(
         "elis_estimate_tau",
@@ -108,7 +108,7 @@ SERIES = (
         "elis_estimate_trusted",
         "gauge",
         ("model",),
-        "0: history orders recent answers better and is used.",
+        "0: history orders recent answers better and is used (never for `elis-paper`).",
     ),
     Series("elis_jobs_live", "gauge", (), "Jobs that are not over."),
     Series("elis_jobs_waiting", "gauge", (), "Jobs waiting for a slot."),

@@ -19,7 +19,7 @@ from elis_gateway.predictor import learner as learning
 from elis_gateway.predictor import manifest
 from onnx_export import pairs
 from onnx_export.encode import Spec, Texts
-from onnx_export.figures import Values, figures, intervals, tau, tau_within
+from onnx_export.figures import Values, draws, edges, figures, tau
 from onnx_export.pairs import Floats, Pairs
 from onnx_export.records import Answer, DataSet
 
@@ -228,11 +228,11 @@ class Report:
     data: dict[str, Any]
     pooled: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Estimator -> figures over k = 0..7, with intervals."""
-    windows: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    windows: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     """Estimator -> k -> figures."""
-    models: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    apps: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    domains: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    models: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    apps: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    domains: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     calibration: dict[str, list[tuple[float, float, int]]] = field(default_factory=dict)
     """Estimator -> (mean estimate, mean truth, pairs) by tenth of the estimate."""
 
@@ -250,15 +250,15 @@ class Report:
         for name, row in self.pooled.items():
             lines.append(
                 f"| {name} | {_with(row, 'tau', 3)} | {_with(row, 'tau_within', 3)} | {_with(row, 'lead', 3)} |"
-                f" {_with(row, 'mae', 0)} | {row['rmse']:.0f} | {row['r2']:.2f} | {row['pairwise']:.3f} |"
-                f" {row['bias']:+.0f} |"
+                f" {_with(row, 'mae', 0)} | {_with(row, 'rmse', 0)} | {_with(row, 'r2', 2)} |"
+                f" {_with(row, 'pairwise', 3)} | {_with(row, 'bias', 0)} |"
             )
-        lines += ["", "By window, tau / MAE:", ""]
+        lines += ["", "By window, tau (interval) / MAE:", ""]
         lines += _grid(self.windows, "k")
         for title, part in (
             ("By served model", self.models), ("By application", self.apps), ("By domain", self.domains),
         ):  # fmt: skip
-            lines += ["", f"{title}, tau / MAE:", "", *_grid(part, "")]
+            lines += ["", f"{title}, tau (interval) / MAE:", "", *_grid(part, "")]
         return "\n".join(lines) + "\n"
 
 
@@ -267,11 +267,11 @@ def _with(row: dict[str, Any], name: str, digits: int) -> str:
     return f"{row[name]:.{digits}f} ({low:.{digits}f} … {high:.{digits}f})"
 
 
-def _grid(part: dict[str, dict[str, dict[str, float]]], corner: str) -> list[str]:
+def _grid(part: dict[str, dict[str, dict[str, Any]]], corner: str) -> list[str]:
     keys = list(dict.fromkeys(key for row in part.values() for key in row))
     lines = [f"| {corner} | " + " | ".join(part) + " |", "|---" * (len(part) + 1) + "|"]
     for key in keys:
-        cells = [f"{row[key]['tau']:.2f} / {row[key]['mae']:.0f}" if key in row else "" for row in part.values()]
+        cells = [f"{_with(row[key], 'tau', 2)} / {row[key]['mae']:.0f}" if key in row else "" for row in part.values()]
         lines.append(f"| {key} | " + " | ".join(cells) + " |")
     return lines
 
@@ -313,6 +313,8 @@ def evaluate(
         scorer = Scorer(folder, cache, max_tokens=max_tokens)
         if scorer.manifest.window != data.window:
             raise ConfigError(f"{folder}: trained for windows of {scorer.manifest.window}, the data has {data.window}")
+        if scorer.manifest.head.unit != data.unit:
+            say(f"counts tokens of {scorer.manifest.head.unit}, the data {data.unit}: errors include the ratio")
         own = scorer(test, made, scorer.embeddings(test, made, progress))
         said[scorer.manifest.name] = own
         if scorer.manifest.architecture == "encode-once":
@@ -353,34 +355,42 @@ def report(
             "groups": len(set(group.tolist())), "apps": sorted({a.app for a in test}), "samples": samples, "seed": seed,
         }
     )  # fmt: skip
+    everything, samples_of = np.arange(len(truth)), list(draws(group, samples, seed))
     for name, values in said.items():
-        row: dict[str, Any] = dict(figures(truth, values, model))
         after = name.rpartition(" after ")[2]
         against = said.get(f"history after {after}", said["history"])
-        row["lead"] = row["tau"] - tau(truth, against)
-        row["intervals"] = intervals(
-            group,
-            {
-                "tau": lambda rows, v=values: tau(truth[rows], v[rows]),  # type: ignore[misc]
-                "tau_within": lambda rows, v=values: tau_within(truth[rows], v[rows], model[rows]),  # type: ignore[misc]
-                "lead": lambda rows, v=values, w=against: tau(truth[rows], v[rows]) - tau(truth[rows], w[rows]),  # type: ignore[misc]
-                "mae": lambda rows, v=values: float(np.abs(v[rows] - truth[rows]).mean()),  # type: ignore[misc]
-            },
-            samples=samples,
-            seed=seed,
-        )
+
+        def judged(rows: Values, values: Values = values, against: Values = against) -> dict[str, float]:
+            row = figures(truth[rows], values[rows], model[rows])
+            return row | {"lead": row["tau"] - tau(truth[rows], against[rows])}
+
+        row: dict[str, Any] = judged(everything)
+        drawn = [judged(rows) for rows in samples_of]
+        row["intervals"] = {name: edges([each[name] for each in drawn]) for name in row if name != "pairs"}
         out.pooled[name] = row
-        out.windows[name] = _each(truth, values, model, made.window)
-        out.models[name] = _each(truth, values, model, model)
-        out.apps[name] = _each(truth, values, model, app)
-        out.domains[name] = _each(truth, values, model, domain)
+        for table, of in ((out.windows, made.window), (out.models, model), (out.apps, app), (out.domains, domain)):
+            table[name] = _each(truth, values, model, of, samples_of)
         out.calibration[name] = _calibration(truth, values)
     return out
 
 
-def _each(truth: Values, said: Values, model: Values, of: Values) -> dict[str, dict[str, float]]:
-    parts = [(part, of == part) for part in np.unique(of)]
-    return {str(part): figures(truth[rows], said[rows], model[rows]) for part, rows in parts if rows.sum() >= 10}
+def _each(
+    truth: Values, said: Values, model: Values, of: Values, samples: Sequence[Values]
+) -> dict[str, dict[str, Any]]:
+    """Figures of every part, and where tau and the mean error lie as other groups are drawn."""
+    made: dict[str, dict[str, Any]] = {}
+    for part in np.unique(of):
+        here = of == part
+        if here.sum() < 10:
+            continue
+        row: dict[str, Any] = figures(truth[here], said[here], model[here])
+        drawn = [rows[here[rows]] for rows in samples]
+        row["intervals"] = {
+            "tau": edges([tau(truth[rows], said[rows]) for rows in drawn]),
+            "mae": edges([float(np.abs(said[rows] - truth[rows]).mean()) for rows in drawn if len(rows)]),
+        }
+        made[str(part)] = row
+    return made
 
 
 def _calibration(truth: Values, said: Values) -> list[tuple[float, float, int]]:

@@ -96,6 +96,7 @@ def export_run(
             inputs=tuple(feed),  # type: ignore[arg-type]
             output="remaining" if _says_tokens(options) else "log_remaining",
             unit=run.unit,
+            unit_ratio=run.unit_ratio,
             quantized=quantized,
         ),
         projection=projection,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import kendalltau
 
-__all__ = ["Values", "figures", "intervals", "pairwise_accuracy", "tau", "tau_within"]
+__all__ = ["Values", "draws", "edges", "figures", "intervals", "pairwise_accuracy", "tau", "tau_within"]
 
 Values = npt.NDArray[Any]
 
@@ -78,19 +78,26 @@ def intervals(
     """Bootstrap intervals by group: rows of one group are drawn together, or left out together.
 
     A statistic is given the rows drawn. All of them see the same draws, so differences of two may be among them."""
+    drawn: dict[str, list[float]] = {name: [] for name in statistics}
+    for sample in draws(group, samples, seed):
+        for name, statistic in statistics.items():
+            drawn[name].append(statistic(sample))
+    return {name: edges(values, level) for name, values in drawn.items()}
+
+
+def draws(group: Values, samples: int, seed: int) -> Iterator[Values]:
+    """Rows, drawn by whole groups with replacement; always the same ones."""
     names, which = np.unique(group, return_inverse=True)
     order = np.argsort(which, kind="stable")
     rows = np.split(order, np.cumsum(np.bincount(which))[:-1])
     rng = np.random.default_rng(seed)
-    drawn: dict[str, list[float]] = {name: [] for name in statistics}
     for _ in range(samples):
-        sample = np.concatenate([rows[at] for at in rng.integers(0, len(names), len(names))])
-        for name, statistic in statistics.items():
-            drawn[name].append(statistic(sample))
-    edges = ((1 - level) / 2, (1 + level) / 2)
-    return {name: _edges(values, edges) for name, values in drawn.items()}
+        yield np.concatenate([rows[at] for at in rng.integers(0, len(names), len(names))])
 
 
-def _edges(values: Sequence[float], edges: tuple[float, float]) -> tuple[float, float]:
-    low, high = np.nanquantile(values, edges)
+def edges(values: Sequence[float], level: float = 0.9) -> tuple[float, float]:
+    """Between which the share ``level`` in the middle lies; of those that are numbers."""
+    if np.isnan(values).all():
+        return float("nan"), float("nan")
+    low, high = np.nanquantile(values, ((1 - level) / 2, (1 + level) / 2))
     return float(low), float(high)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,9 @@ import numpy as np
 import torch
 
 from elis_gateway.errors import ConfigError
+from elis_gateway.predictor import manifest
 from elis_gateway.predictor.features import FEATURES, VERSION
+from elis_gateway.predictor.units import Units
 from onnx_export import networks, pairs
 from onnx_export.encode import Spec, Texts
 from onnx_export.figures import tau
@@ -118,6 +120,10 @@ class Run:
     history: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     features_version: int = VERSION
+    data: str = ""
+    """By which the answers and the encoder are known again."""
+    unit_ratio: dict[str, float] = field(default_factory=dict)
+    """Tokens of ``unit`` per token as the gateway works them out from characters, by script."""
     done: bool = False
 
     def save(self, out: Path) -> None:
@@ -186,12 +192,13 @@ def train(
     progress: Progress = iter,
     say: Callable[[str], None] = lambda _: None,
 ) -> Run:
-    """Train, or go on with an interrupted run of the same options. Raises ``ConfigError``."""
+    """Train, or go on with an interrupted run of the same options on the same answers. Raises ``ConfigError``."""
     import time
 
     options.check()
     out.mkdir(parents=True, exist_ok=True)
-    run = _resumed(out, options)
+    seen = _fingerprint(data, encoder)
+    run = _resumed(out, options, seen)
     if run is not None and run.done:
         say(f"{out}: this run is complete")
         return run
@@ -214,6 +221,7 @@ def train(
         run = Run(
             {**asdict(options), "key": options.key()}, str(encoder), data.unit, data.window, models,
             _sources(whole["train"]), {name: len(part) for name, part in parts.items()},
+            data=seen, unit_ratio=_unit_ratio(whole["train"]),
         )  # fmt: skip
         _write_lens(out, parts["train"], options)
         run.save(out)
@@ -229,10 +237,20 @@ def train(
     return run
 
 
-def _resumed(out: Path, options: Options) -> Run | None:
+def _fingerprint(data: DataSet, encoder: Path) -> str:
+    """Of what a run is trained on. Last month's run is not this month's because its options are the same."""
+    seen = hashlib.sha256(manifest.digest(encoder / "encoder.onnx").encode())
+    for answer in data.answers:
+        seen.update(repr(astuple(answer)).encode("utf-8", "surrogatepass"))
+    return seen.hexdigest()[:16]
+
+
+def _resumed(out: Path, options: Options, seen: str) -> Run | None:
     if not (out / RUN).exists():
         return None
     run = Run.load(out)
+    if run.data not in ("", seen):
+        raise ConfigError(f"{out}: holds a run on other answers or another encoder: name another folder, or remove it")
     if run.options["key"] != options.key():
         raise ConfigError(f"{out}: holds a run with other options: name another folder, or remove it")
     return run
@@ -244,6 +262,18 @@ def _sources(answers: list[Answer]) -> list[dict[str, Any]]:
         key = (answer.app or "unnamed", answer.licence)
         found[key] = found.get(key, 0) + 1
     return [{"name": name, "licence": licence, "answers": n} for (name, licence), n in sorted(found.items())]
+
+
+_TELLING = 1000.0
+"""Tokens of a script from which they tell what a token is."""
+
+
+def _unit_ratio(answers: list[Answer]) -> dict[str, float]:
+    """What a token of the data is to the gateway, which has no tokenizer: learned there and here in the same way."""
+    units = Units()
+    for answer in answers:
+        units.learn("", answer.answer, answer.tokens)
+    return {script: round(units.ratio("", script), 4) for _, script, _, seen in units.dump() if seen >= _TELLING}
 
 
 # ---- the lens --------------------------------------------------------------------------------------------------

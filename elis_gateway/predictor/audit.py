@@ -108,7 +108,9 @@ class _Record:
 class Audit:
     """Scores by served model, and the verdict: is the predictor to be trusted?"""
 
-    def __init__(self) -> None:
+    def __init__(self, *, gives_way: bool = True) -> None:
+        """``gives_way``: whether history takes over where it is better; False: there is nothing but scores."""
+        self._gives_way = gives_way
         self._records: OrderedDict[str, _Record] = OrderedDict({EVERYBODY: _Record()})
         self._number = 0
 
@@ -154,6 +156,8 @@ class Audit:
     def _compare(self, model: str, record: _Record) -> None:
         record.tau, record.tau_history, error = _taus(record)
         ahead = record.tau - record.tau_history
+        if not self._gives_way:
+            return
         if record.trusted and ahead < -_ERRORS * error:
             record.trusted = False
             _log.warning(

@@ -5,7 +5,8 @@ Knows: which of its parts says what when. Never: sessions (``onnx``), threads (`
 ``encode-once``: a job is estimated at once from the text's counters, history and what was learned, with the prompt's
 embedding where that is known; where it is not, the encoder is asked, and a better estimate follows when it answers.
 ``elis-paper``, the published method: prompt and answer so far are encoded after every window, nothing is said before
-that, and nothing is learned but token units.
+that, and nothing is learned but token units. It is scored beside history as well, and never replaced by it: whoever
+runs the published method means that one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
-from math import exp, isfinite, log
+from math import exp, isfinite, log, nan
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,9 +63,9 @@ def make(
     model = Model(folder_of(path), device=device, threads=threads)
     _log.info("predictor %s (%s) on %s", model.manifest.name, model.manifest.architecture, model.device)
     again: dict[str, object] = {"device": device, "threads": threads}
-    if model.paper:
-        return Paper(model, deadline=deadline, again=again)
     history = History(strength=strength, horizon=horizon, max_apps=max(max_apps, 1000))
+    if model.paper:
+        return Paper(model, history, deadline=deadline, learn=learn, again=again)
     learner = Learner(
         model.features, model.reduced, layout=model.layout, history=history, horizon=horizon, max_apps=max_apps
     )
@@ -117,6 +118,11 @@ class _Shipped:
         self.counts["encoded"] += 1
         return vector
 
+    def _ratio(self, view: View) -> float:
+        """Served tokens per token that the head counts."""
+        script = script_of(view.answer, view.prompt)
+        return self.units.ratio(view.model, script) / self.model.manifest.head.unit_ratio.get(script, 1.0)
+
     async def swap(self, path: str | Path | None) -> bool:
         """Load the folder anew, if it changed; in a thread, and used only once it has run. False: it did not change.
 
@@ -161,10 +167,12 @@ class _Known(NamedTuple):
 class _Trace:
     """What was said of one job."""
 
-    __slots__ = ("first", "key", "made", "moments", "reading")
+    __slots__ = ("first", "key", "known", "made", "moments", "reading")
 
     def __init__(self, key: bytes, prompt: str) -> None:
         self.key = key
+        self.known: _Known | None = None
+        """Kept as long as the job lasts, whatever becomes of the cache."""
         self.reading = features.Reading(prompt)
         self.first: Prediction | None = None
         self.made: dict[int, Prediction] = {}
@@ -209,7 +217,7 @@ class EncodeOnce(_Shipped):
     def instants(self, views: Sequence[View]) -> list[Estimate | None]:
         """The same for several jobs, in the order of ``views``: the head runs once, for a third less each."""
         traces = [self._trace(view) for view in views]
-        known = [self._cache.get(trace.key) for trace in traces]
+        known = [self._known(trace) for trace in traces]
         sights = self._sights(views, traces, known)
         return [self._estimate(*each) for each in zip(views, traces, sights, strict=True)]
 
@@ -232,26 +240,23 @@ class EncodeOnce(_Shipped):
 
     def wants_refining(self, view: View) -> bool:
         """Whether the prompt's embedding is still to be had."""
-        return self._trace(view).key not in self._cache
+        return self._known(self._trace(view)) is None
 
     async def refine(self, views: Sequence[View]) -> list[Estimate | None]:
         await asyncio.gather(*(self._learn_prompt(view) for view in views))
         # Without the embedding there is nothing to add to what was said at once; and a job that ended meanwhile is
         # forgotten: nobody would ever take away what was remembered of it now.
         traces = [self._jobs.get(view.job_id) for view in views]
-        encoded = [
-            view for view, trace in zip(views, traces, strict=True) if trace is not None and trace.key in self._cache
-        ]
+        encoded = [view for view, trace in zip(views, traces, strict=True) if trace is not None and self._known(trace)]
         better = dict(zip((view.job_id for view in encoded), self.instants(encoded), strict=True))
         return [better.get(view.job_id) for view in views]
 
     async def _learn_prompt(self, view: View) -> None:
         """Have the prompt in the cache, if the encoder can. One prompt is encoded once, however many ask."""
-        key = self._trace(view).key
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            self.counts["cached"] += 1
+        trace = self._trace(view)
+        if self._known(trace) is not None:
             return
+        key = trace.key
         under_way = self._asked.get(key)
         if under_way is not None:
             await asyncio.shield(under_way)
@@ -261,12 +266,20 @@ class EncodeOnce(_Shipped):
             model = self.model
             vector = await self._ask(view.prompt, "")
             if vector is not None and model is self.model:
-                self._cache[key] = _Known(vector[None, :], model.reduce(vector))
+                self._cache[key] = trace.known = _Known(vector[None, :], model.reduce(vector))
                 if len(self._cache) > self._most_cached:
                     self._cache.popitem(last=False)
         finally:
             del self._asked[key]
             done.set_result(None)
+
+    def _known(self, trace: _Trace) -> _Known | None:
+        """The embedding of a job's prompt, if it was made for this job or for another with the same prompt."""
+        if trace.known is None and (found := self._cache.get(trace.key)) is not None:
+            self._cache.move_to_end(trace.key)
+            self.counts["cached"] += 1
+            trace.known = found
+        return trace.known
 
     def _trace(self, view: View) -> _Trace:
         trace = self._jobs.get(view.job_id)
@@ -278,10 +291,10 @@ class EncodeOnce(_Shipped):
         return trace
 
     def _sights(self, views: Sequence[View], traces: Sequence[_Trace], known: Sequence[_Known | None]) -> list[Sight]:
-        """What the learner is told. The shipped model speaks its training tokenizer's tokens, the rest the engine's."""
+        """What the learner is told. The head speaks the tokens that it was trained on, the rest the engine's."""
         if not views:
             return []
-        ratios = [self.units.ratio(view.model, script_of(view.answer, view.prompt)) for view in views]
+        ratios = [self._ratio(view) for view in views]
         rows = np.array(
             [
                 trace.reading(view.answer, round(view.attained / ratio))
@@ -333,7 +346,7 @@ class EncodeOnce(_Shipped):
             self._cache.clear()
             for trace in self._jobs.values():
                 trace.made.clear()
-                trace.first = None
+                trace.first = trace.known = None
         super()._use(model)
         self._nothing = np.zeros((1, model.manifest.encoder.hidden), dtype=np.float32)
         self.learner.fit(model.features, model.reduced, model.layout)
@@ -342,11 +355,26 @@ class EncodeOnce(_Shipped):
 class Paper(_Shipped):
     """Prompt and answer so far, encoded after every window; one number."""
 
+    def __init__(
+        self, model: Model, history: History, *, deadline: float, learn: bool, again: dict[str, object]
+    ) -> None:
+        """``history``: what the estimates are compared with; nothing follows from it."""
+        super().__init__(model, deadline=deadline, again=again)
+        self.audit = Audit(gives_way=False)
+        self._history = history
+        self._learns = learn
+        self._said: OrderedDict[str, dict[int, Moment]] = OrderedDict()
+        """Of live jobs, by tokens attained."""
+
     def instant(self, view: View) -> Estimate | None:
         """Nothing: the published method waits for its model."""
         return None
 
     async def refine(self, views: Sequence[View]) -> list[Estimate | None]:
+        for view in views:
+            self._said.setdefault(view.job_id, {})
+            if len(self._said) > _JOBS:
+                self._said.popitem(last=False)
         vectors = await asyncio.gather(*(self._ask(view.prompt, view.answer) for view in views))
         return [
             None if vector is None else self._estimate(view, vector)
@@ -355,10 +383,28 @@ class Paper(_Shipped):
 
     def _estimate(self, view: View, vector: Floats) -> Estimate | None:
         [said] = self.model.head(vector[None, :], _NO_FEATURES, [view.model])
-        remaining = exp(min(said, 13.0)) * self.units.ratio(view.model, script_of(view.answer, view.prompt))
-        return Estimate(clamp(remaining, view.allowed), None, "elis-paper") if isfinite(remaining) else None
+        remaining = exp(min(said, 13.0)) * self._ratio(view)
+        if not isfinite(remaining):
+            return None
+        remaining = clamp(remaining, view.allowed)
+        moments = self._said.get(view.job_id)
+        if moments is not None and len(moments) < _WINDOWS:
+            # None: the job ended meanwhile, and nobody would ever take away what is remembered of it.
+            before = self._history.mean(view)
+            moments[view.attained] = Moment(view.attained, remaining, nan, nan, remaining if before is None else before)
+        return Estimate(remaining, None, "elis-paper")
+
+    def scores(self) -> Iterable[Score]:
+        """It names no bounds that truths could be within."""
+        return (score._replace(coverage=nan) for score in super().scores())
 
     def learn(self, view: View, *, complete: bool) -> None:
+        moments = self._said.pop(view.job_id, {})
+        if complete:
+            self.audit.learn(view.model, list(moments.values()), view.attained)
+        if not self._learns:
+            return
+        self._history.learn(view, complete=complete)
         if view.attained and view.answer:
             self.units.learn(view.model, view.answer, view.attained)
 

@@ -71,6 +71,9 @@ class Head(File):
     """Natural log of the remaining tokens, or their number; float32 [n]."""
     unit: str
     """The tokenizer whose tokens are counted."""
+    unit_ratio: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """How many of them went to one of the tokens that the gateway works out from characters (``units``), by script, in
+    the training data; 1 for scripts not named."""
     quantized: bool
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import json
 import logging
+import math
 import random
 import subprocess
 import sys
@@ -126,6 +128,26 @@ async def test_a_prompt_is_encoded_once_however_many_ask(folder: Path) -> None:
     predictor.close()
 
 
+async def test_a_prompt_that_is_asked_again_and_again_is_kept_and_counted(folder: Path) -> None:
+    """As the driver asks: at once first, and the encoder only where that is wanted."""
+    predictor = once(folder, cached_prompts=2)
+
+    async def arrives(prompt: str, job: str) -> None:
+        predictor.instant(view(prompt, job=job))
+        if predictor.wants_refining(view(prompt, job=job)):
+            await predictor.refine([view(prompt, job=job)])
+
+    await arrives("hello", "early")
+    for number in range(6):
+        await arrives("long", f"often {number}")
+        await arrives(f"tale {number}", f"once {number}")
+    assert predictor.counts == {"encoded": 8, "cached": 5, "shed": 0, "failed": 0}
+    # What was encoded for a job stays its own, though the cache has forgotten the prompt.
+    assert not predictor.wants_refining(view("hello", 50, job="early"))
+    assert predictor.wants_refining(view("hello", job="late"))
+    predictor.close()
+
+
 async def test_a_busy_encoder_sheds_and_the_instant_estimate_stands(folder: Path) -> None:
     predictor = once(folder, deadline=0.05)
     held = Held(predictor)
@@ -239,6 +261,40 @@ async def test_korean_is_counted_in_the_engines_tokens(folder: Path) -> None:
     predictor.close()
 
 
+def counting(folder: Path, **ratio: float) -> Path:
+    """The folder of a head that was trained on another tokenizer's tokens."""
+    path = folder / "manifest.json"
+    sheet = json.loads(path.read_text())
+    sheet["head"]["unit_ratio"] = ratio
+    path.write_text(json.dumps(sheet))
+    return folder
+
+
+async def test_a_head_that_counts_the_engine_s_own_tokens_is_not_converted_again(tmp_path: Path) -> None:
+    """Retrained on Korean traffic, counted with the engine's tokenizer, which makes half as many tokens of it."""
+    from elis_gateway.predictor import features
+    from elis_gateway.predictor.units import training_tokens
+
+    korean = "오늘은 날씨가 아주 좋아서 친구와 함께 공원에 갔습니다. "
+    predictor = once(counting(tiny.build(tmp_path / "once"), hangul=0.5))
+    paper = make(counting(tiny.build(tmp_path / "paper", paper=True), hangul=0.5), deadline=60.0)
+    assert isinstance(paper, Paper)
+    answer = korean * 20
+    for each in (predictor, paper):
+        for number in range(60):
+            asked = View(f"{number}", "m", "a", "hello", answer, round(0.5 * training_tokens(answer)), None)
+            each.learn(asked, complete=True)
+    asked = View("k", "m", "a", "hello", korean * 4, 50, None)
+    [sight] = predictor._sights([asked], [predictor._trace(asked)], [None])
+    assert sight.shipped == pytest.approx(5.0, abs=0.05)
+    assert sight.features is not None
+    assert np.expm1(sight.features[features.FEATURES.index("attained")]) == pytest.approx(50, rel=0.05)
+    [said] = await paper.refine([asked])
+    assert sure(said).remaining == pytest.approx(np.exp(5.0), rel=0.05)
+    predictor.close()
+    paper.close()
+
+
 async def test_a_client_with_absurd_answers_spoils_its_own_estimates(folder: Path) -> None:
     predictor = once(folder)
     await known(predictor)
@@ -303,6 +359,38 @@ async def test_the_published_method_waits_and_reads_what_was_answered(tmp_path: 
     assert sure(before).gittins is None
     [bounded] = await predictor.refine([view("long")._replace(allowed=3)])
     assert sure(bounded).remaining == 3.0
+    predictor.close()
+
+
+async def test_the_published_method_is_scored_beside_history_and_never_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where it is wrong about both applications, which history knows apart."""
+    predictor = make(tiny.build(tmp_path, paper=True), deadline=60.0)
+    assert isinstance(predictor, Paper)
+    for number in range(96):
+        app, prompt, tokens = (("chat", "short", 900), ("classify", "long", 30))[number % 2]
+        asked = view(prompt, job=f"{number}", app=app)
+        [said] = await predictor.refine([asked])
+        assert sure(said).source == "elis-paper"
+        predictor.learn(view(prompt, tokens + number % 7, job=f"{number}", app=app), complete=True)
+    score = next(score for score in predictor.scores() if score.model == "m")
+    assert score.tau < 0.0 < score.tau_history
+    assert score.mae > 300
+    assert math.isnan(score.coverage)
+    assert score.trusted
+    assert "using history" not in caplog.text
+    assert not predictor._said
+    predictor.close()
+
+
+async def test_the_published_method_may_be_told_not_to_learn(tmp_path: Path) -> None:
+    predictor = make(tiny.build(tmp_path, paper=True), deadline=60.0, learn=False)
+    assert isinstance(predictor, Paper)
+    before = predictor.units.ratio("m", "latin")
+    for _ in range(50):
+        predictor.learn(view("long", 400, answer="hello hello hello " * 40), complete=True)
+    assert predictor.units.ratio("m", "latin") == before
     predictor.close()
 
 

@@ -155,6 +155,17 @@ def test_an_encoder_that_disagrees_is_not_written(tmp_path: Path, monkeypatch: p
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_model_folder_says_what_its_tokens_are_to_the_gateway(made: dict[str, Any]) -> None:
+    """Whichever tokenizer counted: a head that speaks the engine's own tokens is not to be converted once more."""
+    from elis_gateway.predictor.units import training_tokens
+
+    sheet = export.export_run(trained(made, "trees"), made["root"] / "models" / "units", name="units")
+    rows = [a for a in made["data"].split("train") if a.complete]
+    wanted = sum(a.tokens for a in rows) / sum(training_tokens(a.answer) for a in rows)
+    assert abs(wanted - 1.0) > 0.05
+    assert sheet.head.unit_ratio == {"latin": pytest.approx(wanted, rel=0.05)}
+
+
 @pytest.mark.parametrize("kind", ["trees", "network", "paper"])
 def test_a_run_becomes_a_model_folder_that_says_the_same(made: dict[str, Any], kind: str) -> None:
     root = made["root"]
@@ -251,6 +262,34 @@ def test_an_interrupted_run_goes_on_and_other_options_are_refused(made: dict[str
     assert (tmp_path / "curve.png").stat().st_size > 1000
     with pytest.raises(ConfigError, match="other options"):
         train.train(made["data"], made["encoder"], tmp_path, train.Options(seed=1))
+    # Next month's answers: the old run is not what they teach.
+    newer = records.DataSet(answers(125), "words", 50)
+    with pytest.raises(ConfigError, match="other answers"):
+        train.train(newer, made["encoder"], tmp_path, options)
+
+
+def test_trees_that_were_interrupted_grow_on(made: dict[str, Any], tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def progress(items: list[Any]) -> Any:
+        for item in items:
+            if items == list(range(1, 61)) and item == 38:
+                raise Stop
+            yield item
+
+    options = train.Options(rounds=60, patience=60, components=4, projection=8)
+    with pytest.raises(Stop):
+        train.train(made["data"], made["encoder"], tmp_path, options, progress=progress)
+    before = train.Run.load(tmp_path)
+    assert [row["round"] for row in before.history] == [5, 10, 15, 20, 25]
+    run = train.train(made["data"], made["encoder"], tmp_path, options)
+    assert run.history[:5] == before.history
+    assert [row["round"] for row in run.history] == list(range(5, 61, 5))
+    assert run.best > 25
+    grown = (tmp_path / train.TREES).read_text()
+    assert grown.count("\nTree=") == run.best
+    assert export.export_run(tmp_path, tmp_path / "model", name="model").metrics["parity"] < 1e-3
 
 
 @pytest.mark.parametrize("loss", networks.LOSSES)
@@ -349,6 +388,15 @@ def test_evaluate_judges_everything_on_the_same_pairs(made: dict[str, Any], tmp_
     low, high = judged.pooled["judged"]["intervals"]["tau"]
     assert low <= judged.pooled["judged"]["tau"] + 0.05
     assert high >= judged.pooled["judged"]["tau"] - 0.05
+    # Every figure of every table says how sure it is, and all groups are not far from that.
+    for name in ("tau", "tau_within", "lead", "mae", "rmse", "r2", "pairwise", "bias"):
+        low, high = judged.pooled["judged"]["intervals"][name]
+        assert low - (high - low) < judged.pooled["judged"][name] < high + (high - low)
+    for table in (judged.windows, judged.models, judged.apps, judged.domains):
+        for cell in table["judged"].values():
+            for name in ("tau", "mae"):
+                low, high = cell["intervals"][name]
+                assert low - (high - low) < cell[name] < high + (high - low)
     evaluate.write(judged, said, truth, tmp_path)
     kept = json.loads((tmp_path / "evaluation.json").read_text())
     assert kept["data"]["split"] == "test"

@@ -18,6 +18,7 @@ def test_a_shipped_folder_is_sound_and_of_sources_that_may_be_sold(name: str) ->
     assert sheet.architecture == name
     assert sheet.encoder.licence == "MIT"
     assert sheet.sources
+    assert {"tau", "tau_within", "mae", "r2", "history_tau", "history_mae"} <= set(sheet.metrics)
     for source in sheet.sources:
         assert {part.strip() for part in source.licence.split(",")} <= {"Apache-2.0", "MIT"}, source
 
