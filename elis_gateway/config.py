@@ -614,13 +614,14 @@ class BgePredictor(Section):
     """Learn from every finished request: lengths, how far predictions were off, what kinds of prompt lead to what.
     Numbers only, never text."""
     state: Path | None = None
-    """File that keeps what was learned across restarts. Default: memory only."""
+    """File that keeps what was learned across restarts; not for `elis-paper`, which learns token units alone. Default:
+    memory only."""
     strength: Annotated[float, Field(gt=0)] = 8.0
     """Answers that what is known of all applications counts as, when one application's own are few."""
     horizon: Annotated[float, Field(ge=1)] = 1000.0
     """Newer answers of the same application after which one counts 1/e."""
     max_apps: Annotated[int, Field(ge=1)] = 256
-    """Applications with a regression of their own, the least recently used forgotten first (about 170 KB each)."""
+    """Applications with a regression of their own, the least recently used forgotten first (about 200 KB each)."""
     cached_prompts: Annotated[int, Field(ge=1)] = 4096
     """Prompts whose embedding is remembered (about 2 KB each)."""
 

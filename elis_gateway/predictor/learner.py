@@ -188,12 +188,12 @@ class Learner:
         kind = _kind(sight)
         spread = level.spreads[kind]
         scale = exp(min(max(origin + spread.place(level.line(inputs)), 0.0), 13.0))
-        made = Prediction(*spread.table()(scale, sight.allowed), scale, sight.attained, anchor, origin, inputs, kind)
-        if sight.first is None or not sight.attained:
-            return made
-        # Half of the index is the first estimate's, counted down.
-        left = max(sight.first - sight.attained, _LEAST_LEFT) * made.mean / scale
-        return made._replace(gittins=_within(made.gittins * (left / made.mean) ** _DAMPING, _most(sight.allowed)))
+        mean, index, median, low, high = spread.table()(scale, sight.allowed)
+        if sight.first is not None and sight.attained:
+            # Half of the index is the first estimate's, counted down.
+            left = max(sight.first - sight.attained, _LEAST_LEFT) * mean / scale
+            index = _within(index * (left / mean) ** _DAMPING, _most(sight.allowed))
+        return Prediction(mean, index, median, low, high, scale, sight.attained, anchor, origin, inputs, kind)
 
     def _vector(self, sight: Sight, anchor: float, seen: float) -> tuple[float, Inputs]:
         """The origin and the line's inputs; ``seen``: answers of its own that the anchor rests on."""
@@ -203,10 +203,11 @@ class Learner:
         beside = min(max(anchor - shipped, -3.0), 3.0)
         own = beside * seen / (seen + _OWN)
         origin = shipped + (_EARLY * early + _LATER * (1.0 - early)) * own
-        inputs[:_FIXED] = 1.0, shipped - _ANCHOR, own * early, own * (1.0 - early), beside - own, 0.0, 0.0
+        left = 0.0
         if sight.first is not None and sight.attained:
             left = log(max(sight.first - sight.attained, _LEAST_LEFT)) - origin
-            inputs[5], inputs[6] = left * early, left * (1.0 - early)
+        late = 1.0 - early
+        inputs[:_FIXED] = 1.0, shipped - _ANCHOR, own * early, own * late, beside - own, left * early, left * late
         if sight.features is not None and self.features:
             inputs[_FIXED : _FIXED + self.features] = sight.features
         if sight.reduced is not None and self.reduced:
