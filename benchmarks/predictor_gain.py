@@ -18,8 +18,8 @@ maths, code reading, snippets, role play; equally many requests each; mean over 
 in each). What was learned is frozen during a run. Share: how much of perfect knowledge's gain over first-come is
 reached, with an interval by jackknife over models or seeds. Learned answers are counted over all applications together.
 
-*The published method* (``--published``, on its own, since every window of every answer has to be encoded: half an hour
-for one application): fixed windows, prompt and partial answer re-scored after each, which takes 30 ms of virtual time;
+*The published method* (``--published``, on its own, since every window of every answer has to be encoded: tens of
+milliseconds each): fixed windows, prompt and partial answer re-scored after each, 30 ms of virtual time every time;
 beside it fixed windows with perfect knowledge, and its model's estimates under elastic windows. What it said is kept in
 a file, so that an interrupted run goes on.
 """
