@@ -70,6 +70,14 @@ class Breaker:
         self.begin_slowly(now)
         return True
 
+    def change(self, after: int, pause: float, ramp: float) -> None:
+        """Other dials from now on; a pause that has begun goes on to its end."""
+        self.after, self.pause, self.ramp = after, pause, ramp
+        if not self._opened:
+            self._pause = pause
+        if ramp <= 0:
+            self._ramp_since = None
+
     @property
     def doubtful(self) -> bool:
         """It is open, that may be the requests' fault, and nobody has asked yet."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from elis_gateway import config
 from elis_gateway.core.placement import UpstreamInfo
-from elis_gateway.errors import UpstreamError, UpstreamRefused
+from elis_gateway.errors import ConfigError, UpstreamError, UpstreamRefused
 from elis_gateway.tasks import spawn
 from elis_gateway.upstream.auto_slots import AutoSlots, Look
 from elis_gateway.upstream.base import Capabilities
@@ -201,6 +201,7 @@ class _Member:
 
     def change(self, settings: config.Upstream, overcommit: int) -> None:
         """Take over settings that need no new connections and no new questions (``in_place``)."""
+        self._without_health = self._without_health and settings.health.path == self.settings.health.path
         self.settings = settings
         self.overcommit = _in_hand(settings, overcommit)
         if settings.slots != "auto":
@@ -359,7 +360,13 @@ class Fleet:
 
     async def add(self, settings: config.Upstream) -> None:
         """Begin to use another upstream. Raises ``ConfigError`` for keys or certificates that cannot be read."""
-        await self._watch(self._add(settings))
+        member = self._add(settings)
+        try:
+            await self._watch(member)
+        except ConfigError:
+            # What never began must not be listed, nor stand in the way of the next attempt.
+            del self._members[settings.name], self._upstreams[settings.name]
+            raise
 
     def settings(self) -> dict[str, config.Upstream]:
         """Every upstream's settings by name."""

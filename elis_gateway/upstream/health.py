@@ -45,8 +45,7 @@ class Health:
     def change(self, settings: config.Health) -> None:
         """Other dials from now on."""
         self._settings = settings
-        breaker = self.breaker
-        breaker.after, breaker.pause, breaker.ramp = settings.break_after, settings.break_for, settings.slow_start
+        self.breaker.change(settings.break_after, settings.break_for, settings.slow_start)
 
     def probed(self, ok: bool, cause: str = "", now: float = 0.0) -> None:
         """A probe came back."""

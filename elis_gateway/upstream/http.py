@@ -95,6 +95,7 @@ class HttpUpstream:
             self._headers[RANK] = str(settings.data_parallel_rank)
         self.in_flight = 0
         """Calls that are open."""
+        self._timeout = _timeout(settings)
 
     @property
     def client(self) -> aiohttp.ClientSession:
@@ -105,7 +106,6 @@ class HttpUpstream:
 
     async def start(self) -> None:
         """Make the connection pool. Raises ``ConfigError`` for certificates that cannot be read."""
-        timeouts = self.settings.timeouts
         self._client = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 limit=0,
@@ -116,7 +116,6 @@ class HttpUpstream:
                 resolver=Names(),
                 socket_factory=_watched_socket,
             ),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=timeouts.connect or None),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             read_bufsize=_READ_BUFFER,
@@ -164,7 +163,8 @@ class HttpUpstream:
         """The body of a GET within the probe's time limit. Raises ``UpstreamError``."""
         limit = self.settings.health.timeout
         try:
-            async with asyncio.timeout(limit), self.client.get(self.url(path), headers=self.headers()) as response:
+            getting = self.client.get(self.url(path), headers=self.headers(), timeout=self._timeout)
+            async with asyncio.timeout(limit), getting as response:
                 body = await read_body(response, _ERROR_BODY_LIMIT)
                 if response.status // 100 != 2:
                     raise UpstreamRefused(response.status, body)
@@ -192,7 +192,14 @@ class HttpUpstream:
     def change(self, settings: config.Upstream) -> None:
         """Take over what needs no new connections."""
         self.settings = settings
+        self._timeout = _timeout(settings)
         self.patience.timeouts = settings.timeouts
+
+    async def post(self, call: Call, headers: CIMultiDict[str]) -> aiohttp.ClientResponse:
+        """The head of the answer to a call. Raises what aiohttp raises."""
+        return await self.client.post(
+            self.url(call.path), data=call.body, headers=headers, allow_redirects=False, timeout=self._timeout
+        )
 
 
 class HttpSession:
@@ -323,18 +330,17 @@ class HttpSession:
 
     async def _post(self) -> aiohttp.ClientResponse:
         upstream, call = self._upstream, self._call
-        url = upstream.url(call.path)
         headers = upstream.headers(self._request_id)
         if self._headers is not None:
             upstream.add(headers, self._headers)
         try:
-            response = await upstream.client.post(url, data=call.body, headers=headers, allow_redirects=False)
+            response = await upstream.post(call, headers)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
             if isinstance(error, aiohttp.ClientConnectorError):
                 raise
             # An idle connection may close in the moment we use it. No byte of an answer came: once more is safe, and
             # if the upstream is really gone, connecting says so.
-            response = await upstream.client.post(url, data=call.body, headers=headers, allow_redirects=False)
+            response = await upstream.post(call, headers)
         self._response = response
         return response
 
@@ -512,6 +518,11 @@ def check(settings: config.Upstream) -> None:
     """Is everything there that an upstream's settings refer to? Raises ``ConfigError``."""
     _api_key(settings.api_key_env)
     _ssl(settings.tls)
+
+
+def _timeout(settings: config.Upstream) -> aiohttp.ClientTimeout:
+    """aiohttp's part of the timeouts: the rest is guarded by the two clocks of a session."""
+    return aiohttp.ClientTimeout(total=None, sock_connect=settings.timeouts.connect or None)
 
 
 def _api_key(variable: str | None) -> str | None:

@@ -117,3 +117,18 @@ def test_it_is_judged_once_for_each_time_it_opens() -> None:
     assert (breaker.state(0.1), breaker.doubtful) == ("open", False)
     breaker.failed(5.1, answered=True)
     assert (breaker.state(5.1), breaker.doubtful) == ("open", True)
+
+
+def test_other_dials_count_from_now_on_whatever_it_is_at() -> None:
+    breaker = Breaker(3, 5.0, 4.0)
+    breaker.change(1, 7.0, 4.0)
+    breaker.failed(0.0)
+    assert breaker.next_change(4, 0.0) == 7.0
+    breaker.change(1, 9.0, 4.0)
+    assert breaker.next_change(4, 0.0) == 7.0, "a pause that has begun goes on"
+    assert breaker.succeeded(7.0)
+    assert breaker.allowed(4, 7.5) == 1
+    breaker.change(1, 9.0, 0.0)
+    assert (breaker.allowed(4, 7.5), breaker.next_change(4, 7.5)) == (4, None)
+    breaker.failed(8.0)
+    assert breaker.next_change(4, 8.0) == 9.0

@@ -172,3 +172,37 @@ def test_what_does_not_go_with_auto() -> None:
     kept = from_mapping({"upstreams": [{"url": "http://a", "slots": "auto", "data_parallel_size": 2}]})
     assert [u.name for u in kept.upstreams] == ["a-rank-0", "a-rank-1"]
     assert from_mapping(yaml.safe_load(dump(kept))) == kept
+
+
+async def test_an_upstream_that_cannot_begin_is_not_there() -> None:
+    """A certificate that is gone in the moment it is read: what is listed, and never looked at, would be there for ever."""
+    fleet = Fleet([], lambda info: None)
+    settings = Upstream.model_validate({"url": "https://127.0.0.1:9", "slots": 1, "tls": {"ca": "/nowhere.pem"}})
+    with pytest.raises(ConfigError, match=r"/nowhere\.pem"):
+        await fleet.add(settings)
+    assert not fleet.describe()
+    assert not fleet.upstreams
+
+
+async def test_another_health_page_is_asked_though_there_was_none() -> None:
+    asked: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.append(request.path)
+        if request.path == "/health":
+            return web.Response(status=404)
+        return web.json_response({"data": [{"id": "one"}]})
+
+    app = web.Application()
+    app.router.add_get("/{any:.*}", answer)
+    async with TestServer(app) as server:
+        given = {"url": str(server.make_url("")).rstrip("/"), "slots": 1, "continuation": "off"}
+        settings = Upstream.model_validate({**given, "health": {"interval": 0.02}})
+        fleet = Fleet([settings], lambda info: None)
+        await fleet.start()
+        try:
+            await until(lambda: bool(fleet.models))
+            fleet.change(Upstream.model_validate({**given, "health": {"interval": 0.02, "path": "/alive"}}))
+            await until(lambda: "/alive" in asked)
+        finally:
+            await fleet.close()

@@ -296,3 +296,25 @@ async def test_a_machine_that_is_gone_is_noticed_while_nothing_is_sent() -> None
             found = response.connection.transport.get_extra_info("socket")
             assert found.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         await upstream.close()
+
+
+async def test_another_limit_for_connecting_counts_from_the_next_call_on() -> None:
+    """It is taken over in place, so no new connection pool may be needed for it."""
+    settings = {"slots": 4, "timeouts": {"connect": 300}, "health": {"timeout": 300}}
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as deaf:
+        # Its queue of connections is full, and nobody takes any of them.
+        waiting = [socket.socket() for _ in range(4)]
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(deaf.getsockname())
+        settings["url"] = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        upstream = HttpUpstream(Settings.model_validate(settings))
+        await upstream.start()
+        upstream.change(Settings.model_validate({**settings, "timeouts": {"connect": 0.2}}))
+        with pytest.raises(UpstreamUnavailable):
+            await asyncio.wait_for(_tokens(upstream, call(4)), 60)
+        with pytest.raises(UpstreamUnavailable):
+            await asyncio.wait_for(upstream.get("/health"), 60)
+        await upstream.close()
+        for one in waiting:
+            one.close()
