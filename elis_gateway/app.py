@@ -56,6 +56,8 @@ _FLUSH = 2.0
 
 _ORDERING = ("policy", "aging", *build.WINDOWS)
 """Keys of the scheduler's section that decide who goes next and for how long; they change while serving."""
+_READ_WHEN_NEEDED = (("server", "shutdown_grace"), ("admin", "key_hash"))
+"""Keys of sections that need a restart which are looked up each time."""
 _COLLECT = (10_000, 20, 20)
 """The garbage collector's thresholds. A request makes some hundred objects that live as long as it does; by Python's
 own (700, 10, 10) every other one is looked through several times: 7 % of what an unstreamed request costs."""
@@ -76,6 +78,8 @@ class Gateway:
 
     def __init__(self, config: Config, reload: Reload | None = None) -> None:
         self.config = config
+        self._began = config
+        """The configuration it was started with: what needs a restart is in effect as it was then."""
         self._reload = reload
         self._loop = asyncio.get_running_loop()
         scheduler = config.scheduler
@@ -164,12 +168,15 @@ class Gateway:
         self._changing = asyncio.Lock()
         """One change of the configuration at a time, and none before everything has begun."""
         self._stopping = False
+        self._hurried = asyncio.Event()
         self._saving = threading.Lock()
         """One save at a time: the last one may come while a thread is still at the one before."""
         self._wanted = {u.name: u for u in config.upstreams}
         """Upstreams as they should be: the configuration's, and what the admin listener was told since."""
         self._leaving: set[str] = set()
         """Upstreams that are drained, and afterwards forgotten or made anew."""
+        self._drained: set[str] = set()
+        """Upstreams that are to get no work, whatever they become: the admin listener was told so."""
         self._saver: asyncio.Task[None] | None = None
         self._tls: list[build.ListenerTLS] = []
         self._runners: list[web.BaseRunner] = []
@@ -201,14 +208,23 @@ class Gateway:
         _log.info("admin listening on %s://%s:%d", _scheme(admin), admin.host, self.admin_port)
 
     async def stop(self, grace: float | None = None) -> None:
-        """Accept no more, let jobs finish for ``grace`` seconds (default: the configured), end the rest, close all.
+        """Accept no more, let requests finish for ``grace`` seconds (default: the configured), end the rest, close all.
 
         Once is enough; a second call finds nothing left to stop.
         """
         self._stopping = True
         while self._sites:
             await self._sites.pop().stop()
-        await self.dispatcher.drain(self.config.server.shutdown_grace if grace is None else grace)
+        if grace is None:
+            grace = self.config.server.shutdown_grace
+        over = self._loop.time() + grace
+        await self.dispatcher.drain(0.0 if self._hurried.is_set() else grace)
+        # What is only passed on has the same time.
+        waits = [spawn(self._relay.idle(), name="relayed calls"), spawn(self._hurried.wait(), name="hurry")]
+        left = max(over - self._loop.time(), 0.0)
+        _, pending = await asyncio.wait(waits, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        for wait in pending:
+            wait.cancel()
         while self._runners:
             await self._runners.pop().cleanup()
         self._lag.stop()
@@ -247,7 +263,8 @@ class Gateway:
             _log.error("what the predictor learned was not saved: %s", error)
 
     def hurry(self) -> None:
-        """End the grace of ``stop`` now."""
+        """End the grace of ``stop``: now, or as soon as it would begin."""
+        self._hurried.set()
         self.dispatcher.hurry()
 
     @property
@@ -434,17 +451,20 @@ class Gateway:
             raise ConfigError("there is no configuration file to read again")
         async with self._changing:
             self._refuse_if_stopping()
-            return await self._take_over(self._reload())
+            # In a thread: thousands of keys are parsed in seconds, in which no token would move.
+            new = await asyncio.to_thread(self._reload)
+            new_keys = await asyncio.to_thread(config_module.keys, new)
+            return await self._take_over(new, new_keys)
 
     def _refuse_if_stopping(self) -> None:
         """What is begun now would be left open."""
         if self._stopping:
             raise ConfigError("the gateway is shutting down: nothing can be changed any more")
 
-    async def _take_over(self, new: Config) -> dict[str, Any]:
+    async def _take_over(self, new: Config, new_keys: tuple[config_module.ApiKey, ...]) -> dict[str, Any]:
         applied: list[str] = []
         old = self.config
-        new_keys = self._check(new)
+        self._check(new)
         swapped = await self._swap_model(new)
         self._refuse_if_stopping()
         changed = [n for n in _ORDERING if getattr(new.scheduler, n) != getattr(self._ordering, n)]
@@ -472,19 +492,24 @@ class Gateway:
         if (dials := build.live_dials(new.scheduler)) != build.live_dials(old.scheduler):
             policy = build.policy(new.scheduler.policy, new.scheduler.aging)
             self.dispatcher.set_policy(policy, replace(self.core.config, **dials))
-            self.dispatcher.budget.share = new.scheduler.retry_budget
             applied.append("scheduler.queue, retries and tail")
+        if new.scheduler.retry_budget != old.scheduler.retry_budget:
+            self.dispatcher.budget.share = new.scheduler.retry_budget
+            applied.append("scheduler.retry_budget")
         if new.logging.level != old.logging.level:
             logging.getLogger("elis_gateway").setLevel(new.logging.level.upper())
             applied.append("logging.level")
+        applied += [
+            f"{section}.{key}"
+            for section, key in _READ_WHEN_NEEDED
+            if getattr(getattr(new, section), key) != getattr(getattr(old, section), key)
+        ]
         self.config = new
         if await self._change_upstreams({u.name: u for u in new.upstreams}):
             applied.append("upstreams")
         if swapped:
             applied.append("predictor.path")
-        restart = _needs_restart(old, new)
-        if hasattr(self.predictor, "swap") and _but_for_path(old.predictor) == _but_for_path(new.predictor):
-            restart = [name for name in restart if name != "predictor"]
+        restart = _needs_restart(self._began, new, swaps=hasattr(self.predictor, "swap"))
         _log.info(
             "configuration read again; applied: %s; needs a restart: %s", applied or "nothing", restart or "nothing"
         )
@@ -493,19 +518,19 @@ class Gateway:
     async def _swap_model(self, new: Config) -> bool:
         """Another model folder, or the same with other contents, if the predictor can take it. Raises ConfigError."""
         swap = getattr(self.predictor, "swap", None)
-        if swap is None or new.predictor.kind != self.config.predictor.kind:
+        if swap is None or new.predictor.kind != self._began.predictor.kind:
             return False
         return bool(await swap(getattr(new.predictor, "path", None)))
 
-    def _check(self, new: Config) -> tuple[config_module.ApiKey, ...]:
+    def _check(self, new: Config) -> None:
         """All or nothing: what could only fail half-way, a key or a certificate that is not there, is tried first."""
+        there = self.fleet.settings()
         for upstream in new.upstreams:
-            if upstream not in self.config.upstreams:
+            if upstream != there.get(upstream.name):
                 check(upstream)
         for tls in self._tls:
             build.server_tls(tls.section)
         build.policy(new.scheduler.policy, new.scheduler.aging)
-        return config_module.keys(new)
 
     async def _change_upstreams(self, wanted: dict[str, config_module.Upstream]) -> bool:
         """Make the fleet what is wanted, in place where that is possible. Says whether anything had to be done."""
@@ -541,8 +566,11 @@ class Gateway:
         self.dispatcher.upstream_removed(name)
         self._warmth.forget(name)
         self._leaving.discard(name)
-        if (settings := self._wanted.get(name)) is not None and not self._stopping:
+        if (settings := self._wanted.get(name)) is None:
+            self._drained.discard(name)
+        elif not self._stopping:
             await self.fleet.add(settings)
+            self.fleet.drain(name, draining=name in self._drained)
 
     async def add_upstream(self, wanted: Any) -> dict[str, Any]:
         """Use another upstream from now on, until a reload says otherwise. Raises ``ConfigError``."""
@@ -570,29 +598,35 @@ class Gateway:
 
     async def drain_upstream(self, name: str, draining: bool) -> dict[str, Any]:
         """Send it nothing more, and let what runs there go on elsewhere; or use it again. Raises ``ConfigError``."""
-        if name not in self._wanted or name in self._leaving:
+        if name not in self._wanted:
             raise UnknownUpstream(name)
-        self.fleet.drain(name, draining=draining)
+        (self._drained.add if draining else self._drained.discard)(name)
+        if name not in self._leaving:
+            self.fleet.drain(name, draining=draining)
         return {"upstreams": self.upstreams()}
 
 
-def _but_for_path(predictor: Any) -> dict[str, Any]:
-    return dict(predictor.model_dump(exclude={"path"}))
-
-
-def _needs_restart(old: Config, new: Config) -> list[str]:
+def _needs_restart(began: Config, new: Config, *, swaps: bool) -> list[str]:
+    """What is said now and is not in effect. ``swaps``: the predictor takes another folder while it serves."""
     live = {*_ORDERING, "classes", "class_tail", "default_class", "queue", "retries", "retry_budget", "tail"}
     sections = ("server", "admin", "predictor", "logging", "traffic_log", "tracing")
+    taken = {name: {key for section, key in _READ_WHEN_NEEDED if section == name} for name in sections}
+    taken["logging"] = {"level"}
+    taken["predictor"] = {"path"} if swaps else set()
+
+    def rest(config: Config, name: str) -> dict[str, Any]:
+        return dict(getattr(config, name).model_dump(exclude=taken[name]))
+
     return [
         f"scheduler.{name}"
         for name in type(new.scheduler).model_fields
-        if name not in live and getattr(new.scheduler, name) != getattr(old.scheduler, name)
+        if name not in live and getattr(new.scheduler, name) != getattr(began.scheduler, name)
     ] + [
-        *(name for name in sections if getattr(new, name) != getattr(old, name)),
+        *(name for name in sections if rest(new, name) != rest(began, name)),
         *(
             f"limits.{n}"
             for n in ("client_backlog", "client_stall")
-            if getattr(new.limits, n) != getattr(old.limits, n)
+            if getattr(new.limits, n) != getattr(began.limits, n)
         ),
     ]
 

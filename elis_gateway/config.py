@@ -21,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from pydantic import field_validator as validates
 from pydantic import model_validator as validates_all
 
-from elis_gateway.config_explain import explain, overridden
+from elis_gateway.config_explain import NO_YAML, explain, overridden
 from elis_gateway.errors import ConfigError
 
 __all__ = ["MOST_SLOTS", "Config", "dump", "from_mapping", "keys", "load", "warnings"]
@@ -112,8 +112,8 @@ class Server(Section):
     """A stream that has waited so long gets its status line and from then on SSE comments, so that no proxy
     in between gives up."""
     shutdown_grace: Seconds = 30.0
-    """How long requests in flight may take to finish after SIGTERM before their streams end with an error
-    event."""
+    """How long requests in flight, those only passed on too, may take to finish after SIGTERM before their streams end
+    with an error event."""
     max_body: Bytes = 32 * 1024 * 1024
     """Largest request body accepted, unpacked."""
     max_header: Annotated[int, Field(ge=1024)] = 64 * 1024
@@ -507,7 +507,8 @@ class Auth(Section):
     keys: tuple[ApiKey, ...] = ()
     """Clients' keys."""
     keys_file: Path | None = None
-    """YAML file with a list of more keys, each as in `keys`; read again on every reload."""
+    """YAML file with a list of more keys, each as in `keys`; read again on every reload. One without any key is refused
+    where there are none in `keys` either: everybody would be let in."""
 
     @validates("keys")
     @classmethod
@@ -797,6 +798,9 @@ def keys(config: Config) -> tuple[ApiKey, ...]:
         raise ConfigError(f"{where}: {explain(error, ApiKey)}") from None
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
+    if not merged:
+        # Whoever names a file of keys does not mean to let everybody in because it has been emptied.
+        raise ConfigError(f"{where}: expected at least one key; without any key everybody is let in")
     return merged
 
 
@@ -823,7 +827,7 @@ def _yaml(path: str | Path, where: str) -> Any:
         raise ConfigError(f"{where}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where}: expected UTF-8 text: {error.reason} at byte {error.start}") from error
-    except yaml.YAMLError as error:
+    except NO_YAML as error:
         raise ConfigError(f"{where}: not valid YAML: {error}") from error
 
 

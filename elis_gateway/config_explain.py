@@ -16,9 +16,12 @@ from pydantic import BaseModel, Tag, ValidationError
 
 from elis_gateway.errors import ConfigError
 
-__all__ = ["PREFIX", "explain", "members", "overridden"]
+__all__ = ["NO_YAML", "PREFIX", "explain", "members", "overridden"]
 
 PREFIX = "ELIS__"
+NO_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
+"""What the loader raises: of a 13th month, a tag that its value does not fit, or a thousand brackets it says so in its
+own way."""
 
 
 def overridden(data: dict[Any, Any], environ: Mapping[str, str]) -> dict[Any, Any]:
@@ -32,7 +35,7 @@ def overridden(data: dict[Any, Any], environ: Mapping[str, str]) -> dict[Any, An
             parts = [part.lower() for part in name.removeprefix(PREFIX).split("__")]
             try:
                 value = yaml.safe_load(environ[name])
-            except yaml.YAMLError as error:
+            except NO_YAML as error:
                 raise ConfigError(f"{name}: not valid YAML: {error}") from error
             data = _put(data, parts, value, name)
     return data

@@ -84,6 +84,9 @@ class Overloaded(GatewayError):
 class ShuttingDown(GatewayError):
     """The gateway is stopping and cannot finish this request."""
 
+    retry_after = 2.0
+    """Seconds after which another one should be there."""
+
 
 class UpstreamError(GatewayError):
     """An upstream misbehaved. ``retryable``: another call, here or elsewhere, may succeed."""

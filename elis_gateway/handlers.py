@@ -20,7 +20,7 @@ from multidict import CIMultiDict
 from elis_gateway.access import Door
 from elis_gateway.channel import Channel
 from elis_gateway.dispatcher import Dispatcher
-from elis_gateway.errors import ClientError, GatewayError, MethodNotAllowed, ModelNotFound
+from elis_gateway.errors import ClientError, GatewayError, MethodNotAllowed, ModelNotFound, ShuttingDown
 from elis_gateway.flight import Flight
 from elis_gateway.intake import Intake
 from elis_gateway.listener import Request
@@ -149,6 +149,8 @@ class Handlers:
         return plain.startswith(self._relayed)
 
     async def _pass_on(self, request: web.BaseRequest) -> web.StreamResponse:
+        if not self._dispatcher.accepting:
+            raise ShuttingDown("the gateway is shutting down")
         grant = self._door.who(request.headers)
         with self._door.relayed(grant, request.content_length or 0):
             return await self._relay(request, grant.may_use if grant is not None and grant.settings.models else None)
@@ -271,7 +273,10 @@ class Handlers:
 
     def _problem(self, error: GatewayError, headers: Mapping[str, str] | None = None) -> web.Response:
         self._refused(reason(error))
-        return problem_response(error, headers)
+        response = problem_response(error, headers)
+        if isinstance(error, ShuttingDown):
+            response.force_close()  # its next request is for whoever serves then
+        return response
 
     # --- everything else -----------------------------------------------------------------------------------------
 

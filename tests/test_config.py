@@ -167,6 +167,7 @@ def test_the_environment_overrides() -> None:
         ("ELIS__UPSTREAMS__7__SLOTS", "3", "ELIS__UPSTREAMS__7__SLOTS: expected an index of the list, 0 to 1, got '7'"),
         ("ELIS__SERVER__PORT__X", "3", "ELIS__SERVER__PORT__X: 'x' is set on a value that has no keys"),
         ("ELIS__SERVER", "{", "ELIS__SERVER: not valid YAML"),
+        ("ELIS__SERVER", "2024-13-45", "ELIS__SERVER: not valid YAML"),
     ],
 )
 def test_a_wrong_override_is_refused(name: str, value: str, words: str) -> None:
@@ -175,7 +176,10 @@ def test_a_wrong_override_is_refused(name: str, value: str, words: str) -> None:
     assert str(caught.value).startswith(words)
 
 
-@pytest.mark.parametrize("text", ["- a\n", "a: [\n", "\0"])
+@pytest.mark.parametrize(
+    "text",
+    ["- a\n", "a: [\n", "\0", "a: 2024-13-45", "a: !!timestamp x", "a: !!bool x", "a: !!int ''", "[" * 5000],
+)
 def test_a_file_that_is_no_mapping(tmp_path: Path, text: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)

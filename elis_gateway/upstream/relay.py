@@ -99,9 +99,10 @@ class Relay:
                     raise
                 upstream = another
 
-    async def idle(self, upstream_id: str) -> None:
-        """Wait until nothing is passed through this upstream. It should be draining, or this may take for ever."""
-        while upstream_id in self._in_flight:
+    async def idle(self, upstream_id: str | None = None) -> None:
+        """Wait until nothing is passed through this upstream (None: through any). It should be draining, or this may
+        take for ever."""
+        while self._in_flight if upstream_id is None else upstream_id in self._in_flight:
             self._ended.clear()
             await self._ended.wait()
 

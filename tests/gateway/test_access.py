@@ -212,7 +212,15 @@ async def test_keys_of_a_file_are_read_again(tmp_path: Path) -> None:
         for _ in range(2):
             assert (await status(w, **bearer(KEY)))[0] == 200
         assert (await status(w, **bearer(OTHER)))[0] == 401
-        for text in ("- {name: a}", "[", "a: 1", f"- {{name: a, hash: '{hashed(KEY)}', max_class: none}}"):
+        for text in (
+            "",
+            "[]",
+            "- {name: a}",
+            "[",
+            "[" * 5000,
+            "a: 1",
+            f"- {{name: a, hash: '{hashed(KEY)}', max_class: none}}",
+        ):
             path.write_text(text)
             async with w.session.post(w.admin + "/admin/reload") as response:
                 assert response.status == 400

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import threading
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import orjson
 import pytest
 
 from elis_gateway import app, config
+from elis_gateway.access import hashed, new_key
 from elis_gateway.config import from_mapping
 from elis_gateway.errors import ConfigError
 from elis_gateway.sim.checker import of_stream
@@ -20,6 +22,7 @@ from elis_gateway.sim.proxy import FaultProxy
 from elis_gateway.tasks import spawn
 from elis_gateway.upstream.http import HttpUpstream
 from tests.gateway.world import CHAT, COMPLETIONS, World, paced, payloads, read_until, until, world
+from tests.predictor import tiny
 
 BODY: dict[str, Any] = {"model": "sim", "prompt": "long", "max_tokens": 300, "ignore_eos": True, "stream": True}
 
@@ -281,3 +284,89 @@ async def test_an_upstream_whose_calls_fail_is_paused_though_its_health_page_is_
         assert gap >= 0.19
         await until(lambda: w.gateway.upstreams()[0]["slots_allowed"] == 4)
         assert w.gateway.upstreams()[0]["breaker"] == "closed"
+
+
+async def test_what_was_emptied_stays_so_when_it_is_made_anew() -> None:
+    """Somebody mends that engine; a reload by somebody else must not send it work."""
+    async with world(paced(300), paced(300)) as w:
+        first, second = names(w)
+        await admin(w, "POST", f"/admin/upstreams/{first}/drain")
+        before = w.gateway.fleet.upstreams[first]
+        one, two = (u.model_dump(mode="json") for u in w.gateway.config.upstreams)
+        changed(w, upstreams=[{**one, "context": 1000}, two])
+        assert (await admin(w, "POST", "/admin/reload"))[1]["applied"] == ["upstreams"]
+        await until(lambda: w.gateway.fleet.upstreams.get(first, before) is not before and not w.gateway._leaving)
+        await until(lambda: {u["id"]: u["up"] for u in w.gateway.upstreams()}[first])
+        assert [u.id for u in w.gateway.fleet.serving("sim")] == [second]
+        await admin(w, "POST", f"/admin/upstreams/{first}/undrain")
+        await until(lambda: len(w.gateway.fleet.serving("sim")) == 2)
+        await admin(w, "POST", f"/admin/upstreams/{first}/drain")
+        await admin(w, "DELETE", f"/admin/upstreams/{first}")
+        await until(lambda: names(w) == [second])
+        await admin(w, "POST", "/admin/reload")
+        await until(lambda: len(w.gateway.fleet.serving("sim")) == 2)
+
+
+async def test_every_dial_that_is_said_to_apply_does_so_alone() -> None:
+    async with world() as w:
+        changed(w, scheduler={"queue": {"unavailable_timeout": 300.0}, "retry_budget": 0.7})
+        assert (await admin(w, "POST", "/admin/reload"))[1] == {
+            "applied": ["scheduler.retry_budget"],
+            "needs_restart": [],
+        }
+        assert w.gateway.dispatcher.budget.share == 0.7
+
+
+async def test_what_needs_a_restart_is_told_until_there_was_one_and_nothing_else_is() -> None:
+    hash_ = hashed(new_key())
+    async with world() as w:
+        server, port = w.gateway.config.server.model_dump(mode="json"), {"port": 0}
+        changed(
+            w,
+            server={**server, "max_body": 1000, "shutdown_grace": 7},
+            admin={**port, "key_hash": hash_},
+            logging={"level": "warning"},
+            limits={"client_stall": 5},
+        )
+        for applied in (["logging.level", "server.shutdown_grace", "admin.key_hash", "auth and limits"], []):
+            found = await w.gateway.reload()
+            assert sorted(found["applied"]) == sorted(applied)
+            assert found["needs_restart"] == ["server", "limits.client_stall"]
+        async with w.session.get(w.admin + "/metrics") as response:
+            assert response.status == 401
+        changed(w, server=server, admin=port, logging={}, limits={})
+        found = await w.gateway.reload()
+        assert found["needs_restart"] == []
+        assert "admin.key_hash" in found["applied"]
+
+
+async def test_another_kind_of_predictor_waits_for_a_restart_however_often_it_is_read(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    async with world(predictor={"kind": "bge", "path": str(tiny.build(tmp_path)), "deadline": 60.0}) as w:
+        before = w.gateway.config.predictor.model_dump(mode="json")
+        changed(w, predictor={"kind": "history", "path": str(tmp_path / "history.json")})
+        for _ in range(2):
+            found = await w.gateway.reload()
+            assert found == {"applied": [], "needs_restart": ["predictor"]}
+        changed(w, predictor=before)
+        assert (await w.gateway.reload())["needs_restart"] == []
+
+
+async def test_tokens_move_while_a_long_file_is_read() -> None:
+    async with world(paced(300)) as w, w.post(COMPLETIONS, BODY) as response:
+        data = await read_until(response, 1)
+        given = w.gateway.config
+        seen = threading.Event()
+
+        def long_file() -> config.Config:
+            assert seen.wait(60)
+            return given
+
+        w.gateway._reload = long_file
+        reading = spawn(w.gateway.reload(), name="reload")
+        data += await read_until(response, 3)
+        assert not reading.done()
+        seen.set()
+        await reading
+        data += await response.content.read()
+        assert w.checker.check(COMPLETIONS, BODY, of_stream(payloads(data))) == []

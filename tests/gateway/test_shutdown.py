@@ -10,19 +10,21 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
-from aiohttp import ClientConnectorError, ClientSession
+from aiohttp import ClientConnectorError, ClientError, ClientSession
 
-from elis_gateway.app import Gateway
+from elis_gateway.app import _FLUSH, Gateway
 from elis_gateway.config import from_mapping
 from elis_gateway.errors import ConfigError
 from elis_gateway.predictor.make import make_predictor
 from elis_gateway.sim.server import SimServer
 from elis_gateway.tasks import spawn
+from tests.gateway.test_hardening import bare
 from tests.gateway.world import COMPLETIONS, paced, payloads, read_until, until, world
 
 BODY: dict[str, Any] = {"model": "sim", "prompt": "long", "max_tokens": 300, "ignore_eos": True, "stream": True}
@@ -63,6 +65,62 @@ async def test_a_second_signal_ends_the_grace() -> None:
         w.gateway.hurry()
         await asyncio.wait_for(stopping, 50)
         assert b"shutting_down" in await response.content.read()
+
+
+async def test_a_second_signal_counts_though_the_grace_has_not_begun() -> None:
+    """Two signals may come in one turn of the event loop."""
+    async with world(paced(20)) as w, w.post(COMPLETIONS, BODY) as response:
+        await read_until(response, 1)
+        w.gateway.hurry()
+        await asyncio.wait_for(w.gateway.stop(600.0), 50)
+        assert b"shutting_down" in await response.content.read()
+
+
+async def test_what_is_only_passed_on_may_finish_too_and_nothing_new_is_taken() -> None:
+    go_on = asyncio.Event()
+
+    async def slowly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nabc")
+        await go_on.wait()
+        writer.write(b"def")
+        await writer.drain()
+
+    async with bare(slowly) as (gateway, url), ClientSession() as session:
+        async with session.get(url + "/v1/thing") as response, session.get(url + "/health") as before:
+            assert await response.content.readany() == b"abc"
+            await before.read()
+            stopping = spawn(gateway.stop(60.0), name="stop")
+            await until(lambda: not gateway.dispatcher.accepting)
+            # Over a connection that is open already.
+            async with session.get(url + "/v1/thing") as late:
+                assert (late.status, orjson.loads(await late.read())["error"]["code"]) == (503, "shutting_down")
+                assert int(late.headers["Retry-After"]) >= 1
+                assert late.headers["Connection"] == "close"
+            await asyncio.sleep(_FLUSH + 0.5)
+            assert not stopping.done()
+            go_on.set()
+            assert await response.content.read() == b"def"
+        await stopping
+
+
+async def test_what_is_passed_on_does_not_outlast_a_second_signal() -> None:
+    async def never(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async with bare(never) as (gateway, url), ClientSession() as session:
+        asking = spawn(_get(session, url + "/v1/thing"), name="ask")
+        await until(lambda: bool(gateway._relay._in_flight))
+        stopping = spawn(gateway.stop(600.0), name="stop")
+        await until(lambda: not gateway.dispatcher.accepting)
+        gateway.hurry()
+        await asyncio.wait_for(stopping, 60)
+        await asking
+
+
+async def _get(session: ClientSession, url: str) -> None:
+    with suppress(ClientError):
+        async with session.get(url) as response:
+            await response.read()
 
 
 async def test_a_reload_during_the_shutdown_changes_nothing_and_leaves_nothing_open() -> None:

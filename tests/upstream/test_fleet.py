@@ -175,7 +175,7 @@ def test_what_does_not_go_with_auto() -> None:
 
 
 async def test_an_upstream_that_cannot_begin_is_not_there() -> None:
-    """A certificate that is gone in the moment it is read: what is listed, and never looked at, would be there for ever."""
+    """Its certificate is gone in the moment it is read. Listed, and never looked at, it would be there for ever."""
     fleet = Fleet([], lambda info: None)
     settings = Upstream.model_validate({"url": "https://127.0.0.1:9", "slots": 1, "tls": {"ca": "/nowhere.pem"}})
     with pytest.raises(ConfigError, match=r"/nowhere\.pem"):
