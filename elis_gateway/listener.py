@@ -22,9 +22,8 @@ __all__ = ["MALFORMED_IS_NO_BUG", "Listener", "Request", "sign"]
 _log = logging.getLogger("elis_gateway.listener")
 MALFORMED_IS_NO_BUG = logging.getLogger("elis_gateway.listener.aiohttp")
 """For a plain aiohttp server: what is no HTTP is answered 400, and leaves no traceback in the log."""
-MALFORMED_IS_NO_BUG.addFilter(
-    lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
-)
+_MALFORMED = (web_protocol.RequestPayloadError, HttpProcessingError)
+MALFORMED_IS_NO_BUG.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], _MALFORMED)))
 
 
 async def sign(request: web.BaseRequest, response: web.StreamResponse) -> None:
@@ -136,7 +135,7 @@ class _Connection(web.RequestHandler):
 
     def log_exception(self, *args: Any, **options: Any) -> None:
         """A body that cannot be unpacked, met again while the rest of it is read away, is no bug of ours."""
-        if isinstance(options.get("exc_info"), (web_protocol.RequestPayloadError, HttpProcessingError)):
+        if isinstance(options.get("exc_info"), _MALFORMED):
             _log.debug("the rest of a refused request cannot be read")
         else:
             super().log_exception(*args, **options)
@@ -154,8 +153,10 @@ class _Connection(web.RequestHandler):
             # The client went while its handler wrote. aiohttp knows what to do with this one.
             raise ConnectionError("the client is gone") from exc
         if status < 500:
-            _log.debug("malformed request from %s: %s", request.remote, exc)
-            error = ClientError(f"malformed HTTP request: {_words(exc, message)}", code="bad_request")
+            # In our words alone: what cannot be read may be a key, or a prompt.
+            words = _words(exc, message)
+            _log.debug("malformed request from %s: %s", request.remote, words)
+            error = ClientError(f"malformed HTTP request: {words}", code="bad_request")
         else:
             _log.error("a bug of ours answering %s", request.remote, exc_info=exc)
             error = GatewayError("internal error")

@@ -214,3 +214,21 @@ async def test_a_client_that_is_gone_is_no_bug_of_ours(caplog: pytest.LogCapture
                 await response.read()
         handlers.request_handler = original
         assert quiet(caplog)
+
+
+async def test_what_cannot_be_read_is_not_written_into_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """It may be a key with a slip in it, or a prompt whose length was wrong."""
+    caplog.set_level(logging.DEBUG)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nAuthorization: Bearer SECRET"
+    async with world() as w:
+        for port in (w.gateway.port, w.gateway.admin_port):
+            for data in (
+                head + b"\x0b\r\n\r\n",
+                head + b"\r\nTransfer-Encoding: chunked\r\n\r\nSECRET\r\n",
+                head + b"\r\nContent-Encoding: gzip\r\nContent-Length: 6\r\n\r\nSECRET",
+                head + b'\r\nContent-Length: 14\r\n\r\n{"a": SECRET\xff}',
+                b"SECRET\r\n\r\n",
+            ):
+                assert b" 40" in (await raw(port, data))[:13]
+    assert "SECRET" not in caplog.text
+    assert not [record for record in caplog.records if record.exc_info]
