@@ -87,7 +87,7 @@ def way(keys: int, *, limits: bool = False, fair: bool = False) -> Callable[[], 
         grant = door.who(headers)
         flight = intake.take(openai.parse(Route.CHAT, BODY), len(BODY), headers, grant).first
         if keys:
-            door.enter(flight, grant)
+            door.enter((flight,), grant)
             door.leave(flight)
 
     return request

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hmac
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any
@@ -124,14 +124,14 @@ class Grant:
         models = self.settings.models
         return not models or any(name in models for name in names)
 
-    def charge(self, tokens: int, now: float) -> None:
-        """Take one request and the tokens of its prompt. Raises ``Overloaded`` and takes nothing."""
-        for bucket, amount, what in ((self._requests, 1, "requests"), (self._tokens, tokens, "tokens")):
+    def charge(self, tokens: int, now: float, requests: int = 1) -> None:
+        """Take so many requests and the tokens of their prompts. Raises ``Overloaded`` and takes nothing."""
+        for bucket, amount, what in ((self._requests, requests, "requests"), (self._tokens, tokens, "tokens")):
             if bucket is not None and (wait := bucket.wait(amount, now)) > 0.0:
                 raise Overloaded(f"this key has used up its {what} per minute", cause="rate_limit", retry_after=wait)
         if self._requests is not None:
-            self._requests.take(1)
-        self.requests += 1
+            self._requests.take(requests)
+        self.requests += requests
         self.add(tokens)
 
     def add(self, tokens: int) -> None:
@@ -254,29 +254,35 @@ class Door(Observer):
             grant.tag += (tokens - self._usual) / grant.settings.weight
             self._usual += 0.02 * (tokens - self._usual)
 
-    def enter(self, flight: Flight, grant: Grant | None) -> None:
-        """Let a job in, or raise ``Overloaded``. Once it is in, it leaves by ``finished`` or ``leave``."""
-        spec = flight.spec
-        size = len(flight.request.raw)
+    def enter(self, flights: Sequence[Flight], grant: Grant | None) -> None:
+        """Let the jobs of one request in, or raise ``Overloaded`` and take nothing. Once they are in, each leaves by
+        ``finished`` or ``leave``.
+
+        More than a limit ever allows at once (choices, bytes) may go where nothing else is under way: who is told to
+        come back later must find room then.
+        """
+        spec, class_name = flights[0].spec, flights[0].class_name
+        size = sum(len(flight.request.raw) for flight in flights)
         if self._bytes and self._bytes + size > self._limits.max_bytes:
             raise Overloaded(
                 "too many bytes of requests are waiting", cause="queue_bytes", retry_after=self._patience(spec.model)
             )
-        limit = self._limits.classes.get(flight.class_name)
-        live = self._classes.get(flight.class_name, 0)
-        if limit is not None and live >= limit:
+        limit = self._limits.classes.get(class_name)
+        live = self._classes.get(class_name, 0)
+        if limit is not None and live and live + len(flights) > limit:
             raise Overloaded(
-                f"too many requests of class {flight.class_name} at once",
+                f"too many requests of class {class_name} at once",
                 cause="class_limit",
                 retry_after=self._patience(spec.model),
             )
         if grant is not None:
-            self._charge(grant, spec.prompt_tokens, spec.model)
-            grant.live += 1
-        if self._round is not None:
-            flight.spec = spec._replace(rank=self.rank(grant, spec.rank))
-        self._classes[flight.class_name] = live + 1
-        self._inside[spec.id] = grant
+            self._charge(grant, sum(flight.spec.prompt_tokens for flight in flights), spec.model, len(flights))
+            grant.live += len(flights)
+        for flight in flights:
+            if self._round is not None:
+                flight.spec = flight.spec._replace(rank=self.rank(grant, flight.spec.rank))
+            self._inside[flight.spec.id] = grant
+        self._classes[class_name] = live + len(flights)
         self._bytes += size
 
     def leave(self, flight: Flight) -> None:
@@ -309,12 +315,12 @@ class Door(Observer):
         finally:
             grant.live -= 1
 
-    def _charge(self, grant: Grant, tokens: int, model: str | None) -> None:
+    def _charge(self, grant: Grant, tokens: int, model: str | None, requests: int = 1) -> None:
         try:
-            if grant.concurrent is not None and grant.live >= grant.concurrent:
+            if grant.concurrent is not None and grant.live and grant.live + requests > grant.concurrent:
                 wait = 1.0 if model is None else self._patience(model)
                 raise Overloaded("this key has too many requests at once", cause="concurrency", retry_after=wait)
-            grant.charge(tokens, self._clock())
+            grant.charge(tokens, self._clock(), requests)
         except Overloaded:
             grant.refused += 1
             raise

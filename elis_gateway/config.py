@@ -520,7 +520,8 @@ class PerKey(Section):
     """What one key may use, unless its own entry says otherwise. Default: no limits."""
 
     requests_per_minute: PerMinute | None = None
-    """Requests a key may begin per minute."""
+    """Requests a key may begin per minute. Here and in what is under way at once, each of several choices or prompts
+    counts as one."""
     tokens_per_minute: PerMinute | None = None
     """Tokens of prompts and answers a key may use per minute. An answer is charged when it is over."""
     concurrent: Annotated[int, Field(ge=1)] | None = None

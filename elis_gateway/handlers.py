@@ -207,8 +207,7 @@ class Handlers:
         # A connection's next request runs in the same task.
         in_context = job_id.set(asked.first.spec.id)
         try:
-            for flight in asked.parts:
-                self._door.enter(flight, grant)
+            self._door.enter(asked.parts, grant)
             for flight in asked.parts:
                 self._dispatcher.submit(flight)
             if asked.request.stream:

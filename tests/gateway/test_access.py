@@ -164,6 +164,31 @@ async def test_requests_at_once_per_key_and_per_class() -> None:
         assert (await status(w, **bearer(KEY)))[0] == 200
 
 
+async def test_several_choices_count_each_and_are_let_in_together_or_not_at_all() -> None:
+    """Told when to come back, a client must find room then: what was refused has used up nothing."""
+    many = {**BODY, "n": 3}
+    async with world(auth=auth(requests_per_minute=4)) as w:
+        assert (await status(w, **bearer(KEY)))[0] == 200
+        assert (await status(w, body={**BODY, "n": 4}, **bearer(KEY)))[1] == "rate_limit_exceeded"
+        assert (await status(w, body=many, **bearer(KEY)))[0] == 200
+        used = next(k for k in w.gateway.client_keys() if k["name"] == "team-a")
+        assert (used["requests"], used["live"], used["refused"]) == (4, 0, 1)
+
+
+async def test_more_choices_than_are_let_in_at_once_wait_until_nothing_else_is_under_way() -> None:
+    limits = {"classes": {"default": 2}}
+    many = {**BODY, "n": 3}
+    for sections in ({"auth": auth(concurrent=2)}, {"auth": auth(), "limits": limits}):
+        async with world(paced(500), **sections) as w:
+            async with w.post(COMPLETIONS, LONG, **bearer(KEY)) as response:
+                await read_until(response, 1)
+                assert (await status(w, body=many, **bearer(KEY)))[0] == 429
+            await until(lambda w=w: not w.gateway.flights)
+            assert (await status(w, body=many, **bearer(KEY)))[0] == 200
+            assert (w.gateway.door._bytes, w.gateway.door._inside) == (0, {})
+            assert set(w.gateway.door._classes.values()) == {0}
+
+
 async def test_fair_shares_between_keys() -> None:
     """One key floods, another comes with a little: it is served in the round that runs, not behind the flood."""
     scheduler = {"policy": "fcfs", "fair": True, "fair_round": 100}
