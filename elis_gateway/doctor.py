@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from math import isfinite
 from statistics import median
 from typing import Any
 
@@ -31,13 +32,15 @@ from elis_gateway.wire.continuation import Call
 from elis_gateway.wire.loose import document, entries, fields, first, objects
 from elis_gateway.wire.sse import DONE
 
-__all__ = ["Findings", "Load", "examine", "examine_all", "load_of", "report", "snippet"]
+__all__ = ["Findings", "Load", "examine", "examine_all", "kept_of", "load_of", "report", "snippet"]
 
 _MOST = 256
 """Calls at once at the top of the ramp."""
 _RAMP_TIME = 60.0
 """Seconds the whole ramp may take."""
 _ADMIN_KEY = "ELIS_ADMIN_KEY"
+_FOUND_OUT = {"url", "slots", "overcommit", "data_parallel_size"}
+"""Keys of an upstream that the YAML to use says anew."""
 _WINDOW, _WINDOWS, _ATTEMPTS = 50, 4, 3
 _PATIENCE = 60.0
 """Seconds that a small chat may take."""
@@ -86,8 +89,8 @@ class Findings:
     tried: int = 0
     """Calls at once at the top of the ramp."""
     configured: int | None = None
-    api_key_env: str | None = None
-    """Environment variable with its key."""
+    kept: dict[str, Any] = field(default_factory=dict)
+    """What else a person has set for it, and the doctor knows nothing better of."""
     pace: float | None = None
     """Seconds per token of one call alone."""
     full_pace: float | None = None
@@ -126,8 +129,8 @@ async def examine(settings: config.Upstream, *, configured: bool, say: Callable[
     Raises:
         UpstreamError: it does not answer.
     """
-    slots = settings.slots if configured and settings.slots != "auto" else None
-    found = Findings(settings.url, configured=slots, api_key_env=settings.api_key_env)
+    fixed = settings.slots if configured and settings.slots != "auto" else None
+    found = Findings(settings.url, configured=fixed, kept=kept_of(settings))
     async with _open(settings) as upstream:
         say("what it is and can do")
         found.capabilities = await probe(upstream, orders=False)
@@ -149,6 +152,13 @@ async def examine(settings: config.Upstream, *, configured: bool, say: Callable[
         say("whether it is one engine")
         await _one_engine(upstream, found)
     return found
+
+
+def kept_of(settings: config.Upstream) -> dict[str, Any]:
+    """What was set for an upstream and belongs into the YAML to use, as it was."""
+    plain = config.Upstream.model_validate({"url": settings.url, "slots": 1})
+    given = settings.model_dump(mode="json", exclude_unset=True, exclude=_FOUND_OUT)
+    return {name: value for name, value in given.items() if getattr(settings, name) != getattr(plain, name)}
 
 
 async def examine_all(
@@ -238,7 +248,7 @@ async def _stream(upstream: HttpUpstream, body: dict[str, Any], into: _Streamed,
                 chunk = _document(upstream, payload)
                 into.usage = fields(chunk, "usage") or into.usage
                 for choice in objects(chunk, "choices"):
-                    ids = choice.get("token_ids") or []
+                    ids = entries(choice, "token_ids")
                     delta = fields(choice, "delta")
                     if ids or choice.get("text") or any(delta.get(name) for name in _SAID):
                         into.tokens += max(len(ids), 1)
@@ -281,6 +291,12 @@ async def _ramp(upstream: HttpUpstream, found: Findings, *, chats: bool) -> None
         done = [c for c in calls if c.started is not None and c.ended is not None and c.tokens > 1]
         if done:
             pace = sum((c.ended or 0.0) - (c.started or 0.0) for c in done) / sum(c.tokens - 1 for c in done)
+            if not pace:
+                found.notes.append(
+                    "Whole answers come at once, not token by token: something in between keeps streams back (nginx:"
+                    " proxy_buffering off). So its slots cannot be told."
+                )
+                return
             found.pace = pace if at_once == 1 else found.pace
             found.full_pace = pace
         if running < at_once:
@@ -288,7 +304,7 @@ async def _ramp(upstream: HttpUpstream, found: Findings, *, chats: bool) -> None
                 # A machine that stood still for a moment looks like a full engine; twice it does not.
                 doubted = running
                 continue
-            found.slots = max(running, doubted)
+            found.slots = max(running, doubted, 1)
             return
         doubted = None
         spent = _now() - began
@@ -405,8 +421,8 @@ async def _cached(upstream: HttpUpstream, body: dict[str, Any], route: str) -> f
     call = Call(route, orjson.dumps(body), False)
     async with asyncio.timeout(_PATIENCE), upstream.open(call, request_id="doctor") as session:
         usage = fields(_document(upstream, await session.whole()), "usage")
-    cached = fields(usage, "prompt_tokens_details").get("cached_tokens")
-    return None if cached is None else cached / max(usage.get("prompt_tokens") or 1, 1)
+    cached, prompt = fields(usage, "prompt_tokens_details").get("cached_tokens"), usage.get("prompt_tokens")
+    return cached / max(prompt, 1) if isinstance(cached, int) and isinstance(prompt, int) else None
 
 
 async def _tokenized(upstream: HttpUpstream, model: str | None, prompt: str) -> list[int]:
@@ -495,7 +511,7 @@ def load_of(text: str, source: str, *, wait: str, time: str, length: str) -> Loa
     """The load that a metrics page tells of, if it does."""
 
     def total(name: str) -> float:
-        return sum(float(v) for v in re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE))
+        return sum(_number(v) for v in re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE))
 
     requests = total(f"{wait}_count")
     if requests < 50:
@@ -510,14 +526,23 @@ def load_of(text: str, source: str, *, wait: str, time: str, length: str) -> Loa
     )
 
 
+def _number(text: str) -> float:
+    """A value of a metrics page; what is no finite number is nothing."""
+    try:
+        value = float(text)
+    except ValueError:
+        return 0.0
+    return value if isfinite(value) else 0.0
+
+
 def _spread(text: str, name: str) -> tuple[float, float] | None:
     """10th and 90th percentile of a histogram, interpolated within its buckets."""
     rows: dict[float, float] = {}
     for labels, value in re.findall(rf"^{re.escape(name)}_bucket\{{(.*)\}} (\S+)$", text, re.MULTILINE):
         bound = re.search(r'le="([^"]+)"', labels)
         if bound is not None:
-            edge = float(bound[1])
-            rows[edge] = rows.get(edge, 0.0) + float(value)
+            edge = float("inf") if bound[1] == "+Inf" else _number(bound[1])
+            rows[edge] = rows.get(edge, 0.0) + _number(value)
     edges = sorted(rows)
     if not edges or not rows[edges[-1]]:
         return None
@@ -616,13 +641,13 @@ def snippet(found: list[Findings]) -> str:
     lines = ["upstreams:"]
     for one in useful:
         lines.append(f"  - url: {one.url}")
-        slots = one.slots if one.slots is not None else one.tried
+        ranks = one.capabilities.engines
+        slots = max((one.slots if one.slots is not None else one.tried) // ranks, 1)
         comment = "" if one.slots is not None else " # at least; what the engine is started with (vLLM: --max-num-seqs)"
         lines.append(f"    slots: {slots}{comment}")
-        if one.api_key_env is not None:
-            lines.append(f"    api_key_env: {one.api_key_env}")
-        if one.capabilities.engines > 1:
-            lines.append(f"    data_parallel_size: {one.capabilities.engines} # slots are each rank's; ask for one's")
+        if ranks > 1:
+            lines.append(f"    data_parallel_size: {ranks} # slots are each rank's")
         if one.capabilities.orders:
             lines.append("    overcommit: 2 # it orders its own queue by priority")
+        lines += [f"    {name}: {orjson.dumps(value).decode()}" for name, value in one.kept.items()]
     return "\n".join(lines) + "\n"

@@ -8,9 +8,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 import yaml
 from aiohttp import web
+from aiohttp.test_utils import RawTestServer as TestServer
 from click.testing import CliRunner
 
 from elis_gateway import doctor
@@ -160,9 +162,70 @@ def test_one_engine_or_several_behind_one_address() -> None:
     assert several.engines.startswith("SEVERAL, it seems")
     assert "Name the engines themselves" in "\n".join(doctor.report(several))
     assert examined(engine(1)).engines.startswith("not known: it does not tell")
-    ranks = examined(engine(1, engines=2))
+    ranks = examined(engine(6, engines=2))
     assert ranks.engines == "2: data-parallel ranks"
-    assert "data_parallel_size: 2" in doctor.snippet([ranks])
+    assert ranks.slots == 6
+    made = from_mapping(yaml.safe_load(doctor.snippet([ranks])))
+    assert [(u.slots, u.data_parallel_rank) for u in made.upstreams] == [(3, 0), (3, 1)], "three for each, not six"
+
+
+def test_the_yaml_keeps_what_a_person_has_set() -> None:
+    """Of a configuration with ranks each is looked at by itself; all of them have one address."""
+    given = {"url": "http://a:1", "slots": 9, "api_key_env": "KEY", "models": ["m"], "timeouts": {"connect": 1}}
+    for more in ({"name": "one"}, {"data_parallel_size": 2}):
+        before = from_mapping({"upstreams": [{**given, **more}]}).upstreams
+        found = [doctor.Findings(u.url, tried=4, slots=4, kept=doctor.kept_of(u)) for u in before]
+        made = from_mapping(yaml.safe_load(doctor.snippet(found))).upstreams
+        assert made == tuple(u.model_copy(update={"slots": 4}) for u in before)
+    plain = from_mapping({"upstreams": [{"url": "http://a:1", "slots": 9, "api_key_env": None}]}).upstreams[0]
+    assert doctor.kept_of(plain) == {}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"choices": [{"text": "a", "token_ids": 5, "message": {"content": "a"}}]},
+        {
+            "choices": [{"text": "a", "message": {"content": "a"}}],
+            "usage": {"prompt_tokens": "?", "prompt_tokens_details": {"cached_tokens": "5"}},
+        },
+    ],
+)
+@pytest.mark.parametrize("buffered", [False, True])
+def test_an_engine_that_says_odd_things_of_its_answers_is_still_examined(
+    answer: dict[str, Any], buffered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_MOST", 2)
+
+    async def say(request: web.BaseRequest) -> web.StreamResponse:
+        kept: list[bytes] = []
+        body = await request.read()
+        if request.path == "/v1/models":
+            return web.json_response(LISTED)
+        if not request.path.startswith("/v1/"):
+            return web.Response(status=404)
+        if not orjson.loads(body).get("stream"):
+            return web.json_response(answer)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for event in (orjson.dumps(answer), orjson.dumps(answer), b"[DONE]"):
+            kept.append(b"data: %b\n\n" % event)
+            if not buffered or event == b"[DONE]":
+                await asyncio.sleep(0.01)
+                await response.write(b"".join(kept))
+                kept.clear()
+        return response
+
+    async def examine() -> tuple[list[doctor.Findings], list[str]]:
+        async with TestServer(say) as server:
+            upstream = Upstream.model_validate({"url": str(server.make_url("")).rstrip("/"), "slots": 1})
+            return await doctor.examine_all([upstream], None, say=lambda what: None)
+
+    found, failed = asyncio.run(examine())
+    assert not failed
+    assert found[0].tried
+    assert any("keeps streams back" in note for note in found[0].notes) == buffered
+    assert from_mapping(yaml.safe_load(doctor.snippet(found))).upstreams[0].slots >= 1
 
 
 def test_slots_that_the_engine_has_not_are_called_wrong() -> None:
@@ -208,6 +271,13 @@ def test_it_says_plainly_when_order_cannot_help(text: str, said: str, unsaid: st
     told = "\n".join(doctor.report(doctor.Findings("http://x", tried=1, load=load(text))))
     assert said in told
     assert unsaid not in told
+
+
+def test_figures_that_are_none_say_nothing() -> None:
+    odd = 'elis_queue_wait_seconds_count{model="b"} NaN\nelis_jct_seconds_sum{model="b"} many\n'
+    odd += 'elis_answer_tokens_bucket{model="b",le="few"} +Inf\n'
+    assert load(odd) is None
+    assert load(odd + page(5.0, VARIED)) == load(page(5.0, VARIED))
 
 
 def test_a_few_requests_say_nothing() -> None:

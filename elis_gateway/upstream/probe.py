@@ -109,7 +109,7 @@ def _models(body: bytes) -> dict[str, int | None]:
             length = entry.get("max_model_len")
             if length is None:
                 length = fields(entry, "meta").get("n_ctx")
-            found[name] = length if isinstance(length, int) and length > 0 else None
+            found[name] = length if type(length) is int and length > 0 else None
     return found
 
 
