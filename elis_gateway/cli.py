@@ -127,6 +127,8 @@ def check_config(path: Path, quiet: bool) -> None:
     from elis_gateway import config
 
     effective = config.load(path)
+    if effective.auth.keys_file is not None and effective.auth.keys_file.exists():
+        config.keys(effective)
     for words in config.warnings(effective):
         click.echo(f"Warning: {words}", err=True)
     if not quiet:
@@ -142,13 +144,16 @@ def key(name: str, existing: bool, admin: bool) -> None:
 
     The configuration keeps the key's hash alone, so what is printed here cannot be had again.
     """
+    import yaml
+
     from elis_gateway.access import hashed, new_key
 
     made = input().strip() if existing else new_key()
     stored = hashed(made)
     if not existing:
         click.echo(f"key: {made}", err=True)
-    click.echo(f"admin:\n  key_hash: {stored}" if admin else f"- name: {name}\n  hash: {stored}")
+    lines: Any = {"admin": {"key_hash": stored}} if admin else [{"name": name, "hash": stored}]
+    click.echo(yaml.safe_dump(lines, sort_keys=False, allow_unicode=True), nl=False)
 
 
 @cli.command()

@@ -55,6 +55,17 @@ def test_check_config_says_what_is_wrong(tmp_path: Path) -> None:
     assert result.output == "Error: scheduler.windw: unknown key; did you mean 'window'?\n"
 
 
+def test_check_config_reads_the_keys_too(tmp_path: Path) -> None:
+    """It is asked before every start and reload: what they refuse, it refuses."""
+    path, keys = tmp_path / "c.yaml", tmp_path / "keys.yaml"
+    path.write_text(f"upstreams: [{{url: 'http://a', slots: 1}}]\nauth: {{keys_file: '{keys}'}}\n")
+    assert CliRunner().invoke(cli, ["check-config", str(path)]).exit_code == 0, "it may be elsewhere"
+    keys.write_text("- {name: a, hash: half")
+    result = CliRunner().invoke(cli, ["check-config", str(path)])
+    assert result.exit_code == 2
+    assert "keys_file" in result.stderr
+
+
 def test_check_config_warns_of_a_key_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("upstreams: [{url: 'http://a', slots: 1, api_key_env: KEY_OF_A}]\n")

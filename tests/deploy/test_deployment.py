@@ -13,12 +13,19 @@ import yaml
 from click.testing import CliRunner
 
 from deploy import rehearse
+from elis_gateway.app import _FLUSH
 from elis_gateway.cli import cli
 from elis_gateway.config import BgePredictor, from_mapping, warnings
+from elis_gateway.dispatcher import _CLOSING_TIME
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = ROOT / "deploy" / "kubernetes" / "elis-gateway.yaml"
 UNIT = ROOT / "deploy" / "systemd" / "elis-gateway.service"
+
+
+BESIDES = 2 * _FLUSH + _CLOSING_TIME + 12.0
+"""Seconds that a stop may take after its grace: last bytes, calls that close, and a collector of traces that does not
+answer (10.5 s, measured)."""
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.yaml")), ids=lambda path: path.name)
@@ -56,7 +63,7 @@ def test_the_manifests_fit_each_other_and_the_gateway() -> None:
         "/health", "/ready", "/health",
     ]  # fmt: skip
     drain = float(container["lifecycle"]["preStop"]["exec"]["command"][-1])
-    assert drain + config.server.shutdown_grace < pod["spec"]["terminationGracePeriodSeconds"]
+    assert drain + config.server.shutdown_grace + BESIDES <= pod["spec"]["terminationGracePeriodSeconds"]
     assert pod["spec"]["securityContext"]["runAsNonRoot"]
     for kind in ("Service", "PodDisruptionBudget", "NetworkPolicy"):
         spec = by_kind[kind]["spec"]
@@ -68,7 +75,7 @@ def test_the_unit_gives_requests_time_and_reloads() -> None:
     text = UNIT.read_text(encoding="utf-8")
     grace = from_mapping({"upstreams": [{"url": "http://x", "slots": 1}]}).server.shutdown_grace
     (patience,) = re.findall(r"^TimeoutStopSec=(\d+)$", text, re.MULTILINE)
-    assert float(patience) > grace
+    assert float(patience) >= grace + BESIDES
     assert "ExecReload=/bin/kill -HUP $MAINPID" in text
 
 

@@ -406,6 +406,9 @@ def test_the_command_makes_a_key_that_its_lines_let_in() -> None:
     (entry,) = yaml.safe_load(result.stdout)
     made = result.stderr.removeprefix("key: ").strip()
     assert entry == {"name": "team-c", "hash": hashed(made)}
+    for name in ("42", "yes", "a: b", "team Ω", "- x"):
+        (entry,) = yaml.safe_load(CliRunner().invoke(cli, ["key", "--", name]).stdout)
+        assert ApiKey.model_validate(entry).name == name
     again = CliRunner().invoke(cli, ["key", "--existing", "--admin"], input=made + "\n")
     assert yaml.safe_load(again.stdout) == {"admin": {"key_hash": hashed(made)}}
     assert made not in again.output
