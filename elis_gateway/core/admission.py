@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Container
 from heapq import heapify, heappop, heappush
 from typing import Literal
@@ -13,7 +12,8 @@ Reason = Literal["queue_full", "queue_ttl", "deadline", "unavailable"]
 
 
 class Alarms:
-    """When which job must be looked at again. Fixed delays are queues (they fall due in order), the rest is a heap.
+    """When which job must be looked at again. All are heaps: delays that hold for everybody fall due in order, but a
+    shorter one may come to hold while longer ones run.
 
     Holds job ids, not jobs; an alarm of a job that is gone is dropped when it falls due.
     """
@@ -21,8 +21,8 @@ class Alarms:
     __slots__ = ("_deadlines", "_limit", "_unavailable", "_waits", "set")
 
     def __init__(self) -> None:
-        self._waits: deque[tuple[float, str]] = deque()
-        self._unavailable: deque[tuple[float, str]] = deque()
+        self._waits: list[tuple[float, str]] = []
+        self._unavailable: list[tuple[float, str]] = []
         self._deadlines: list[tuple[float, str]] = []
         self._limit = 1000
         self.set = False
@@ -30,12 +30,12 @@ class Alarms:
 
     def wait_until(self, when: float, job_id: str) -> None:
         """The job must have started by then."""
-        self._waits.append((when, job_id))
+        heappush(self._waits, (when, job_id))
         self.set = True
 
     def capacity_until(self, when: float, job_id: str) -> None:
         """Some upstream must be up by then."""
-        self._unavailable.append((when, job_id))
+        heappush(self._unavailable, (when, job_id))
         self.set = True
 
     def done_until(self, when: float, job_id: str) -> None:
@@ -47,10 +47,11 @@ class Alarms:
         """Drop the alarms of other jobs, once most are: an alarm may be set for long after its job is over."""
         if len(self._waits) + len(self._unavailable) + len(self._deadlines) < self._limit:
             return
-        self._waits = deque(a for a in self._waits if a[1] in jobs)
-        self._unavailable = deque(a for a in self._unavailable if a[1] in jobs)
+        self._waits = [a for a in self._waits if a[1] in jobs]
+        self._unavailable = [a for a in self._unavailable if a[1] in jobs]
         self._deadlines = [a for a in self._deadlines if a[1] in jobs]
-        heapify(self._deadlines)
+        for heap in (self._waits, self._unavailable, self._deadlines):
+            heapify(heap)
         self._limit = 1000 + 2 * (len(self._waits) + len(self._unavailable) + len(self._deadlines))
 
     def next(self) -> float | None:
@@ -66,9 +67,10 @@ class Alarms:
     def due(self, now: float) -> list[tuple[str, Reason]]:
         """Take every alarm that has fallen due, in order."""
         found: list[tuple[str, Reason]] = []
-        for queue, reason in ((self._waits, "queue_ttl"), (self._unavailable, "unavailable")):
-            while queue and queue[0][0] <= now:
-                found.append((queue.popleft()[1], reason))  # type: ignore[arg-type]
-        while self._deadlines and self._deadlines[0][0] <= now:
-            found.append((heappop(self._deadlines)[1], "deadline"))
+        heaps: tuple[tuple[list[tuple[float, str]], Reason], ...] = (
+            (self._waits, "queue_ttl"), (self._unavailable, "unavailable"), (self._deadlines, "deadline"),
+        )  # fmt: skip
+        for heap, reason in heaps:
+            while heap and heap[0][0] <= now:
+                found.append((heappop(heap)[1], reason))
         return found

@@ -266,8 +266,13 @@ class Scheduler:
                 continue
             if reason == "queue_ttl" and (job.first_run is not None):
                 continue
-            if reason == "unavailable" and not self._is_stranded(job, now):
-                continue
+            if reason == "unavailable":
+                at = self._stranded_at(job)
+                if at is not None and at > now:
+                    # It may wait longer by now than when the alarm was set.
+                    self._alarms.capacity_until(at, job_id)
+                if at is None or at > now:
+                    continue
             self._drop(job, Outcome.EXPIRED, reason, now)
         return self._slots.take()
 
@@ -376,8 +381,9 @@ class Scheduler:
         stalls = job.disturbed * pool.stall.value
         pool.shadow.over(job, max(job.served - seams - stalls, 0.0))
 
-    def _is_stranded(self, job: Job, now: float) -> bool:
+    def _stranded_at(self, job: Job) -> float | None:
+        """When a job has waited too long for an upstream; None: there is one, or it does not wait."""
         pool = job.pool
         if job.state is not _READY or pool.down_since is None:
-            return False
-        return now >= max(pool.down_since, job.ready_since) + self.config.unavailable_timeout
+            return None
+        return max(pool.down_since, job.ready_since) + self.config.unavailable_timeout

@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from elis_gateway.core.actions import Abort, Action, AskEstimate, Finish, Preempt, Run
 from elis_gateway.core.job import Estimate, JobSpec
 from elis_gateway.core.placement import UpstreamInfo
-from elis_gateway.core.policy import ISRTF, Policy
+from elis_gateway.core.policy import FCFS, ISRTF, Policy
 from elis_gateway.core.scheduler import Scheduler, SchedulerConfig
 from elis_gateway.core.slice import Slice, SliceEnd, SliceResult
 
@@ -89,6 +90,11 @@ class Stage:
     def upstream(self, name: str, slots: int, **info: Any) -> list[str]:
         info.setdefault("models", frozenset({MODEL}))
         return self.said(self.scheduler.upstream_changed(UpstreamInfo(name, slots=slots, **info), self.now))
+
+    def dials(self, **changed: Any) -> list[str]:
+        """Other dials from now on, as a reload brings them, and first come, first served."""
+        scheduler = self.scheduler
+        return self.said(scheduler.set_policy(FCFS(), self.now, dataclasses.replace(scheduler.config, **changed)))
 
     def tick(self) -> list[str]:
         return self.said(self.scheduler.tick(self.now))

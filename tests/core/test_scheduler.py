@@ -556,6 +556,25 @@ class TestLimits:
         s.submit("b")
         assert s.at(10).tick() == ["expired b"]
 
+    def test_a_shorter_limit_does_not_wait_for_the_longer_ones_before_it(self):
+        s = Stage(FCFS(), queue_ttl=300.0)
+        s.submit("runs")
+        s.submit("long")
+        s.dials(queue_ttl=10.0)
+        s.at(1).submit("short")
+        assert s.scheduler.next_deadline() == 11
+        assert s.at(11).tick() == ["expired short"]
+        assert s.at(300).tick() == ["expired long"]
+
+    def test_who_may_wait_longer_for_an_upstream_is_still_told_in_the_end(self):
+        s = Stage(FCFS(), unavailable_timeout=30.0)
+        s.upstream("u", 0)
+        s.submit("a")
+        s.dials(unavailable_timeout=100.0)
+        assert s.at(30).tick() == []
+        assert s.scheduler.next_deadline() == 100
+        assert s.at(100).tick() == ["expired a"]
+
     def test_a_deadline_ends_a_running_job_too(self):
         s = Stage(FCFS())
         s.submit("a", deadline=7.0)
