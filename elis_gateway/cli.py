@@ -8,6 +8,7 @@ extra is answered with the pip command that brings it.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -144,16 +145,15 @@ def key(name: str, existing: bool, admin: bool) -> None:
 
     The configuration keeps the key's hash alone, so what is printed here cannot be had again.
     """
-    import yaml
-
     from elis_gateway.access import hashed, new_key
 
     made = input().strip() if existing else new_key()
     stored = hashed(made)
     if not existing:
         click.echo(f"key: {made}", err=True)
-    lines: Any = {"admin": {"key_hash": stored}} if admin else [{"name": name, "hash": stored}]
-    click.echo(yaml.safe_dump(lines, sort_keys=False, allow_unicode=True), nl=False)
+    # Quoted: YAML would take `yes` or `42` for something else than a name.
+    quoted = json.dumps(name, ensure_ascii=False)
+    click.echo(f"admin:\n  key_hash: {stored}" if admin else f"- name: {quoted}\n  hash: {stored}")
 
 
 @cli.command()
