@@ -89,6 +89,9 @@ class _Bucket:
         """The same bucket with another allowance, what was taken still missing."""
         if per_minute is None:
             return None
+        if per_minute == self._per_minute:
+            return self
+        self.wait(0.0, now)
         new = _Bucket(per_minute, now)
         new._left -= min(max(self._per_minute - self._left, 0.0), per_minute)
         return new

@@ -316,6 +316,7 @@ class Gateway:
             handlers,
             head_timeout=self.config.server.head_timeout,
             stall=self.config.limits.client_stall,
+            refused=self.metrics.refused,
             keepalive_timeout=self.config.server.idle_timeout,
             lingering_time=_LINGER,
             request_factory=request,

@@ -110,9 +110,12 @@ class Handlers:
         path = request.rel_url.raw_path
         if "Expect" in request.headers:
             _go_ahead(request)
+        if self._origins and "Origin" in request.headers:
+            return await self._across(request, path)
+        return await self._answer(request, path)
+
+    async def _answer(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
         try:
-            if self._origins and "Origin" in request.headers:
-                return await self._across(request, path)
             handler = self._routes.get((request.method, path)) or self._other(request.method, path)
             return await handler(request)
         except GatewayError as error:
@@ -161,7 +164,8 @@ class Handlers:
         """A request of a page of another origin, where some are allowed: the browser is told whether it may."""
         origin = request.headers["Origin"]
         if "*" not in self._origins and origin not in self._origins:
-            raise ClientError("this origin may not use the API from a browser", code="insufficient_permissions")
+            refusal = ClientError("this origin may not use the API from a browser", code="insufficient_permissions")
+            return self._problem(refusal)
         allowed = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
         if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
             asked = request.headers.get("Access-Control-Request-Headers", "")
@@ -176,11 +180,7 @@ class Handlers:
             )
         if isinstance(request, Request):
             request.beside = allowed
-        handler = self._routes.get((request.method, path)) or self._other(request.method, path)
-        try:
-            response = await handler(request)
-        except GatewayError as error:
-            response = self._problem(error)
+        response = await self._answer(request, path)
         if not response.prepared:
             response.headers.update(allowed)
         return response

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from aiohttp import web, web_protocol
@@ -15,7 +15,7 @@ from aiohttp.http import SERVER_SOFTWARE
 from aiohttp.http_exceptions import HttpProcessingError
 
 from elis_gateway.errors import ClientError, GatewayError
-from elis_gateway.wire.problems import problem
+from elis_gateway.wire.problems import problem, reason
 
 __all__ = ["MALFORMED_IS_NO_BUG", "Listener", "Request", "sign"]
 
@@ -50,14 +50,23 @@ class Request(web.BaseRequest):
 
 
 class Listener(web.Server):
-    """The public listener's protocol factory.
+    """The public listener's protocol factory. ``refused`` is told of what no handler sees.
 
     ``head_timeout``: seconds a request's head may take; ``stall``: seconds in which a client that is behind has to read
     something. 0: any.
     """
 
-    def __init__(self, handler: Any, *, head_timeout: float = 0.0, stall: float = 0.0, **options: Any) -> None:
+    def __init__(
+        self,
+        handler: Any,
+        *,
+        head_timeout: float = 0.0,
+        stall: float = 0.0,
+        refused: Callable[[str], None] = lambda reason: None,
+        **options: Any,
+    ) -> None:
         super().__init__(handler, **options)
+        self.refused = refused
         self.head_timeout = head_timeout
         self.stall = stall
 
@@ -68,10 +77,11 @@ class Listener(web.Server):
 class _Connection(web.RequestHandler):
     """One client connection."""
 
-    __slots__ = ("_behind", "_head_timeout", "_head_timer", "_stall", "_stall_timer")
+    __slots__ = ("_behind", "_head_timeout", "_head_timer", "_refused", "_stall", "_stall_timer")
 
     def __init__(self, manager: Listener, *, loop: asyncio.AbstractEventLoop, **options: Any) -> None:
         super().__init__(manager, loop=loop, **options)
+        self._refused = manager.refused
         self._head_timeout = manager.head_timeout
         self._head_timer: asyncio.TimerHandle | None = None
         self._stall = manager.stall
@@ -162,6 +172,7 @@ class _Connection(web.RequestHandler):
             error = GatewayError("internal error")
         if request.writer.output_size > 0:
             raise ConnectionError("part of a response is out, an error cannot follow it")
+        self._refused(reason(error))
         answer = problem(error)
         response = web.Response(status=answer.status, body=answer.body, headers=answer.headers)
         response.force_close()

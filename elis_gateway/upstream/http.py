@@ -165,6 +165,9 @@ class HttpUpstream:
         try:
             getting = self.client.get(self.url(path), headers=self.headers(), timeout=self._timeout)
             async with asyncio.timeout(limit), getting as response:
+                if response.history and response.url.origin() != self.url(path).origin():
+                    # A page to log in at, another scheme: calls follow no redirect, so that is not who gets them.
+                    raise UpstreamRefused(response.history[0].status, b"")
                 body = await read_body(response, _ERROR_BODY_LIMIT)
                 if response.status // 100 != 2:
                     raise UpstreamRefused(response.status, body)

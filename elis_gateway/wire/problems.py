@@ -42,7 +42,7 @@ def problem(error: GatewayError) -> Problem:
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, MethodNotAllowed):
         headers["Allow"] = ", ".join(error.allowed)
-    if isinstance(error, UpstreamRefused) and _is_json(error.body):
+    if isinstance(error, UpstreamRefused) and error.status >= 400 and _is_json(error.body):
         return Problem(error.status, headers, error.body)
     return Problem(status(error), headers, orjson.dumps(error_body(error)))
 
@@ -60,7 +60,8 @@ def status(error: GatewayError) -> int:
         case ShuttingDown():
             return 503
         case UpstreamRefused():
-            return error.status
+            # A redirect, or a success without an answer, would be none to the client.
+            return error.status if error.status >= 400 else 502
         case UpstreamError():
             return 504 if error.cause in _TIMEOUTS else 502
     return 500

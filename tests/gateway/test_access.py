@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from elis_gateway.access import Door, hashed, new_key
 from elis_gateway.cli import cli
 from elis_gateway.config import ApiKey, Limits, from_mapping
-from elis_gateway.errors import ClientError, ConfigError
+from elis_gateway.errors import ClientError, ConfigError, Overloaded
 from elis_gateway.sim.server import ServerConfig
 from elis_gateway.tasks import spawn
 from tests.gateway.world import AT_ONCE, CHAT, COMPLETIONS, World, paced, read_until, until, world
@@ -228,6 +228,25 @@ def test_without_fair_sharing_a_rank_is_the_class_s() -> None:
     assert [door.rank(None, rank) for rank in (0, 3)] == [0, 3]
 
 
+def test_a_reload_takes_no_allowance_away_and_gives_none() -> None:
+    """Somebody may reload every minute; whoever asks more seldom must not wait for it for ever."""
+    now = 0.0
+    key = ApiKey(name="a", hash=hashed(KEY), requests_per_minute=60)
+    door = Door([key], Limits(), {}, lambda: now, lambda model: 1.0)
+    grant = door.who(bearer(KEY))
+    assert grant is not None
+    grant.charge(0, now, 60)
+    for now in (20.0, 40.0):  # noqa: B007 the clock
+        door.change([key], Limits(), {})
+    now = 45.0
+    grant.charge(0, now, 45)
+    door.change([key.model_copy(update={"requests_per_minute": 6})], Limits(), {})
+    with pytest.raises(Overloaded):
+        grant.charge(0, now)
+    now = 60.0
+    grant.charge(0, now)
+
+
 async def test_keys_of_a_file_are_read_again(tmp_path: Path) -> None:
     path = tmp_path / "keys.yaml"
     path.write_text(yaml.safe_dump([{"name": "a", "hash": hashed(KEY), "requests_per_minute": 3}]))
@@ -318,6 +337,10 @@ async def test_cross_origin_requests_only_from_where_they_are_allowed() -> None:
                 assert response.headers["Access-Control-Allow-Origin"] == "https://chat.example"
         async with w.post(COMPLETIONS, BODY, Origin="https://chat.example") as response:
             assert (response.status, response.headers["Access-Control-Allow-Origin"]) == (401, "https://chat.example")
+    tight = {"cors_origins": ["https://chat.example"], "max_body": 100}
+    large = {**BODY, "prompt": "x" * 200}
+    async with world(server=tight) as w, w.post(COMPLETIONS, large, Origin="https://chat.example") as response:
+        assert (response.status, response.headers["Access-Control-Allow-Origin"]) == (413, "https://chat.example")
 
 
 async def test_what_administers_an_engine_is_not_relayed_unless_named() -> None:

@@ -94,6 +94,7 @@ async def test_malformed_requests(data: bytes) -> None:
         status, _ = refusal(await raw(w.gateway.port, data))
         assert 400 <= status < 500
         assert not list(w.engine.log)
+        assert sum(w.gateway.metrics._refusals.values()) == 1
 
 
 async def test_a_body_above_the_limit() -> None:

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import orjson
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import RawTestServer
 
 from elis_gateway.config import Upstream as Settings
 from elis_gateway.errors import UpstreamError, UpstreamRefused, UpstreamUnavailable
@@ -24,6 +26,7 @@ from elis_gateway.tasks import spawn
 from elis_gateway.upstream.base import Upstream
 from elis_gateway.upstream.http import HttpUpstream, retry_after
 from elis_gateway.wire.continuation import Call
+from elis_gateway.wire.problems import problem
 from elis_gateway.wire.sse import DONE
 from tests.gateway.world import AT_ONCE, paced, until
 from tests.upstream.autojump import JumpingLoop, run_local
@@ -318,3 +321,31 @@ async def test_another_limit_for_connecting_counts_from_the_next_call_on() -> No
         await upstream.close()
         for one in waiting:
             one.close()
+
+
+async def test_who_is_redirected_to_somebody_else_is_not_there() -> None:
+    """A page to log in at is a fine page, and no engine: its health would be good and every call would fail."""
+    home: list[str] = []
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        if request.path == "/slash":
+            return web.Response(status=307, headers={"Location": "/slash/"})
+        if request.path == "/away" or request.method == "POST":
+            return web.Response(status=302, headers={"Location": home[0]})
+        return web.Response(text="fine")
+
+    async with RawTestServer(answer) as away, RawTestServer(answer) as here:
+        home.append(str(away.make_url("/login")))
+        reports: list[UpstreamError] = []
+        given = Settings.model_validate({"url": str(here.make_url("")).rstrip("/"), "slots": 1})
+        upstream = HttpUpstream(given, report=reports.append)
+        await upstream.start()
+        assert await upstream.get("/slash") == b"fine"
+        with pytest.raises(UpstreamRefused) as refused:
+            await upstream.get("/away")
+        assert refused.value.status == 302
+        with pytest.raises(UpstreamRefused) as refused:
+            await _tokens(upstream, call(3))
+        answer = problem(refused.value)
+        assert (answer.status, orjson.loads(answer.body)["error"]["code"]) == (502, "upstream_status_302")
+        await upstream.close()
