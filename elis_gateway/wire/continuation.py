@@ -281,6 +281,7 @@ class Answer(Reading):
             return self._end_whole(how)
         dropped = self._ledger.drop()
         self._thought = 0
+        self._ends_thinking = self._thinking  # what the parser made of the window's end went with the rest
         if not self.committed:
             self._echo = self.request.echo  # it may have been in front of what was just taken back
         if self._inquiring and how == "finished" and not self.over:
