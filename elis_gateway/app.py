@@ -536,6 +536,7 @@ class Gateway:
     async def _change_upstreams(self, wanted: dict[str, config_module.Upstream]) -> bool:
         """Make the fleet what is wanted, in place where that is possible. Says whether anything had to be done."""
         self._wanted = wanted
+        self._drained.intersection_update(wanted)
         self._intake.forward_credentials = any(u.forward_credentials for u in wanted.values())
         changed = False
         for name, there in self.fleet.settings().items():
@@ -553,6 +554,8 @@ class Gateway:
         for count, name in enumerate(missing, start=1):
             changed = True
             await self.fleet.add(wanted[name])
+            if name in self._drained:
+                self.fleet.drain(name)
             if count % _AT_ONCE == 0:
                 # Tokens move in between, and a shutdown ends it. (A turn of a loop that probes a thousand is long.)
                 await asyncio.sleep(0)
@@ -567,9 +570,7 @@ class Gateway:
         self.dispatcher.upstream_removed(name)
         self._warmth.forget(name)
         self._leaving.discard(name)
-        if (settings := self._wanted.get(name)) is None:
-            self._drained.discard(name)
-        elif not self._stopping:
+        if (settings := self._wanted.get(name)) is not None and not self._stopping:
             await self.fleet.add(settings)
             self.fleet.drain(name, draining=name in self._drained)
 
@@ -602,7 +603,7 @@ class Gateway:
         if name not in self._wanted:
             raise UnknownUpstream(name)
         (self._drained.add if draining else self._drained.discard)(name)
-        if name not in self._leaving:
+        if name in self.fleet.upstreams and name not in self._leaving:
             self.fleet.drain(name, draining=draining)
         return {"upstreams": self.upstreams()}
 

@@ -75,10 +75,10 @@ def compared(ours: str, theirs: str) -> Held:
                 arm.figures[seed] = figures(run, objectives=left.objectives, alone=alone, interval=side.window)
     pairs = _pairs(our_arms, their_arms, our_setting, their_setting, (ours, theirs))
     differences = [contrast(a, b) for a, b in pairs]
-    sides = [
-        (name, replace(side, runs=[run for pair in pairs for run in pair[n].runs.values()]))
-        for n, (name, side) in enumerate(((ours, left), (theirs, right)))
-    ]
+    sides = []
+    for n, (name, side) in enumerate(((ours, left), (theirs, right))):
+        chosen = [run for pair in pairs for run in pair[n].runs.values()]
+        sides.append((name, replace(side, runs=chosen, complete=all(run.complete for run in chosen))))
     faults = [f"{name}: {fault}" for name, side in sides for fault in side.faults()]
     faults += [
         f"{d.arm} and {d.base}: {d.unequal} requests got answers of different length, or under one of the two alone: "

@@ -173,7 +173,9 @@ class _Member:
         try:
             await self.upstream.get(_MODELS if self._without_health else path)
         except UpstreamRefused as error:
-            if error.status not in (404, 405) or path != _HEALTH or self._without_health:
+            # Led elsewhere, to a website perhaps: there is no such path either.
+            absent = error.status in (404, 405) or error.status < 400
+            if not absent or path != _HEALTH or self._without_health:
                 raise
             await self.upstream.get(_MODELS)
             self._without_health = True
@@ -292,6 +294,10 @@ class Fleet:
                 return True
             nobody_told = nobody_told and not models
         return nobody_told
+
+    def lists(self, model: str) -> bool:
+        """Does any upstream say that it serves it, up or not?"""
+        return any(model in member.upstream.capabilities.models for member in self._members.values())
 
     def serving(self, model: str | None) -> list[HttpUpstream]:
         """Upstreams in service that have ``model`` (None: any)."""

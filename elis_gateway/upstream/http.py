@@ -165,7 +165,7 @@ class HttpUpstream:
         try:
             getting = self.client.get(self.url(path), headers=self.headers(), timeout=self._timeout)
             async with asyncio.timeout(limit), getting as response:
-                if response.history and response.url.origin() != self.url(path).origin():
+                if response.history and _origin(response.url) != _origin(self.url(path)):
                     # A page to log in at, another scheme: calls follow no redirect, so that is not who gets them.
                     raise UpstreamRefused(response.history[0].status, b"")
                 body = await read_body(response, _ERROR_BODY_LIMIT)
@@ -521,6 +521,11 @@ def check(settings: config.Upstream) -> None:
     """Is everything there that an upstream's settings refer to? Raises ``ConfigError``."""
     _api_key(settings.api_key_env)
     _ssl(settings.tls)
+
+
+def _origin(url: URL) -> tuple[str, str, int | None]:
+    """Whose it is, however it is spelled."""
+    return url.scheme.lower(), (url.host or "").lower(), url.port
 
 
 def _timeout(settings: config.Upstream) -> aiohttp.ClientTimeout:

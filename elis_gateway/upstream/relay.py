@@ -60,8 +60,10 @@ class Relay:
         self._body_timeout = body_timeout
         self._max_body = max_body
         self._in_flight: dict[str, int] = {}
+        self._open = 0
+        """Requests that have come and are not answered, those too whose bodies are still on their way."""
         self._ended = asyncio.Event()
-        """Set whenever a call is over."""
+        """Set whenever a call or a request is over."""
 
     async def __call__(
         self, request: web.BaseRequest, may_use: Callable[..., bool] | None = None
@@ -71,6 +73,14 @@ class Relay:
         ``may_use``: whether a model may be asked for, under any of its names; None: all may. Then a request has to name
         its model where it can be read.
         """
+        self._open += 1
+        try:
+            return await self._pass_on(request, may_use)
+        finally:
+            self._open -= 1
+            self._ended.set()
+
+    async def _pass_on(self, request: web.BaseRequest, may_use: Callable[..., bool] | None) -> web.StreamResponse:
         body: bytes | None = None
         model: str | None = None
         if request.can_read_body and request.content_type == "application/json":
@@ -82,10 +92,10 @@ class Relay:
         if body is None and request.can_read_body:
             upload = _Upload(request.content, self._body_timeout, self._max_body)
             if (boundary := _BOUNDARY.search(request.headers.get("Content-Type", ""))) is not None:
-                named = await upload.model(boundary[1].encode())
+                named = await upload.model(boundary[1].encode("utf-8", "surrogateescape"))
                 named = self.aliases.get(named, named)
                 # Nobody is refused for a field of a form: what no upstream lists, one of them may serve all the same.
-                model = named if named and self._fleet.knows(named) else None
+                model = named if self._fleet.lists(named) else None
         tried: set[str] = set()
         upstream = self._first(model)
         while True:
@@ -100,9 +110,9 @@ class Relay:
                 upstream = another
 
     async def idle(self, upstream_id: str | None = None) -> None:
-        """Wait until nothing is passed through this upstream (None: through any). It should be draining, or this may
-        take for ever."""
-        while self._in_flight if upstream_id is None else upstream_id in self._in_flight:
+        """Wait until nothing is passed through this upstream (None: nor about to be through any). It should be
+        draining, or this may take for ever."""
+        while self._open if upstream_id is None else upstream_id in self._in_flight:
             self._ended.clear()
             await self._ended.wait()
 
@@ -225,12 +235,17 @@ class _Upload:
     async def model(self, boundary: bytes) -> str:
         """The field ``model`` of a form, if it is one of the first; else an empty name. Raises ``ClientError``."""
         try:
+            mark, part, seen = b"--" + boundary, -1, 0
             while len(self._begun) < _FORM_HEAD and (piece := await self._next()):
                 self._begun += piece
-                for part in self._begun.split(b"--" + boundary)[1:-1]:
-                    head, _, value = part.partition(b"\r\n\r\n")
-                    if b'; name="model"' in head:
-                        return value.removesuffix(b"\r\n").decode("utf-8", "replace")
+                # Only what is new is looked at: a client may send a byte at a time.
+                while (end := self._begun.find(mark, seen)) >= 0:
+                    if part >= 0:
+                        head, _, value = self._begun[part:end].partition(b"\r\n\r\n")
+                        if b'; name="model"' in head:
+                            return value.removesuffix(b"\r\n").decode("utf-8", "replace")
+                    part = seen = end + len(mark)
+                seen = max(seen, len(self._begun) - len(mark) + 1)
         except aiohttp.ClientPayloadError:
             assert self.error is not None
             raise self.error from None

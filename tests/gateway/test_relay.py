@@ -187,11 +187,50 @@ async def test_a_form_goes_to_who_serves_its_model() -> None:
 async def test_a_form_that_names_no_model_goes_to_anybody() -> None:
     """Also while no upstream has told which models it serves: any name may be one then, but none is not."""
     async with behind("") as (url, (engine,), session):
-        form = FormData()
-        form.add_field("file", b"x" * 9000, filename="short.wav")
-        async with session.post(url + "/v1/audio/transcriptions", data=form) as response:
-            assert response.status == 201
-            assert await response.read() == engine.bodies[-1]
+        for model in ("", "whisper-1"):
+            form = FormData()
+            if model:
+                form.add_field("model", model)
+            form.add_field("file", b"x" * 9000, filename="short.wav")
+            async with session.post(url + "/v1/audio/transcriptions", data=form) as response:
+                assert response.status == 201
+                assert await response.read() == engine.bodies[-1]
+
+
+async def test_the_model_of_a_form_is_found_in_whatever_pieces_it_comes() -> None:
+    form = b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nb\r\n--x--\r\n'
+
+    async def bytewise() -> AsyncIterator[bytes]:
+        for n in range(len(form)):
+            yield form[n : n + 1]
+
+    async with behind("a", "b") as (url, _, session):
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        async with session.post(url + "/v1/audio", data=bytewise(), headers=headers) as response:
+            assert response.headers["X-Engine"] == "b"
+            assert await response.read() == form
+
+
+async def test_a_boundary_that_is_no_text_is_the_engines_to_refuse() -> None:
+    async with before("a") as (gateway, _):
+        head = b"POST /v1/audio HTTP/1.1\r\nHost: h\r\nConnection: close\r\nContent-Length: 3\r\n"
+        head += b"Content-Type: multipart/form-data; boundary=a\xffb\r\n\r\n"
+        assert (await raw(gateway.port, head + b"abc")).startswith(b"HTTP/1.1 201 ")
+
+
+async def test_a_body_on_its_way_has_the_grace_of_a_shutdown_too() -> None:
+    async with before("a") as (gateway, (engine,)):
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        head = b"POST /v1/embeddings HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n"
+        writer.write(head + b'Content-Length: 13\r\n\r\n{"model"')
+        await until(lambda: gateway._relay._open == 1)
+        stopping = spawn(gateway.stop(5.0), name="stop")
+        await until(lambda: not gateway.dispatcher.accepting)
+        writer.write(b':"a"}')
+        assert (await reader.readline()).startswith(b"HTTP/1.1 201 ")
+        await stopping
+        writer.close()
+        assert engine.bodies[-1] == b'{"model":"a"}'
 
 
 async def test_bodies_stream_both_ways() -> None:

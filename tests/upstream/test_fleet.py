@@ -184,6 +184,31 @@ async def test_an_upstream_that_cannot_begin_is_not_there() -> None:
     assert not fleet.upstreams
 
 
+@pytest.mark.parametrize("models_too", [False, True])
+async def test_a_health_page_that_leads_elsewhere_is_none(models_too: bool) -> None:
+    """Hosted models answer what they do not know by leading to their website; a page to log in at takes everything."""
+
+    async def website(request: web.Request) -> web.Response:
+        return web.Response(text="welcome")
+
+    async def answer(request: web.Request) -> web.Response:
+        if models_too or not request.path.startswith("/v1/"):
+            raise web.HTTPFound(elsewhere.make_url("/login"))
+        return web.json_response({"data": [{"id": "one"}]})
+
+    apps = (web.Application(), web.Application())
+    for app, handler in zip(apps, (website, answer), strict=True):
+        app.router.add_get("/{any:.*}", handler)
+    async with TestServer(apps[0]) as elsewhere, TestServer(apps[1]) as server:
+        given = {"url": str(server.make_url("")).rstrip("/"), "slots": 1, "continuation": "off"}
+        fleet = Fleet([Upstream.model_validate(given)], lambda info: None)
+        await fleet.start()
+        try:
+            assert (fleet.describe()[0]["up"], set(fleet.models)) == ((False, set()) if models_too else (True, {"one"}))
+        finally:
+            await fleet.close()
+
+
 async def test_another_health_page_is_asked_though_there_was_none() -> None:
     asked: list[str] = []
 

@@ -329,7 +329,7 @@ async def test_who_is_redirected_to_somebody_else_is_not_there() -> None:
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
         if request.path == "/slash":
-            return web.Response(status=307, headers={"Location": "/slash/"})
+            return web.Response(status=307, headers={"Location": f"http://localhost:{request.url.port}/slash/"})
         if request.path == "/away" or request.method == "POST":
             return web.Response(status=302, headers={"Location": home[0]})
         return web.Response(text="fine")
@@ -337,7 +337,7 @@ async def test_who_is_redirected_to_somebody_else_is_not_there() -> None:
     async with RawTestServer(answer) as away, RawTestServer(answer) as here:
         home.append(str(away.make_url("/login")))
         reports: list[UpstreamError] = []
-        given = Settings.model_validate({"url": str(here.make_url("")).rstrip("/"), "slots": 1})
+        given = Settings.model_validate({"url": f"http://LocalHost:{here.port}", "slots": 1})
         upstream = HttpUpstream(given, report=reports.append)
         await upstream.start()
         assert await upstream.get("/slash") == b"fine"
