@@ -121,6 +121,7 @@ class Answer(Reading):
         self._thinking = self._ends_thinking = False
         self._thought = self._thoughts = 0
         self._reasoned = 0
+        self._sums = []
         self._alone = self._last = False
         self._message = self._shape = None
         self._begin(None)

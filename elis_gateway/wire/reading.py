@@ -57,9 +57,9 @@ class Reading:
         "_adds", "_alone", "_asked", "_careful", "_closed", "_context", "_counted", "_dialect", "_echo", "_encoder",
         "_ends_thinking", "_first", "_foreign", "_inquiring", "_last", "_ledger", "_lore", "_message", "_opened",
         "_paid", "_parsed", "_parser", "_plain", "_preamble", "_reasoned", "_restart", "_retry", "_running", "_safe",
-        "_same", "_seam", "_shape", "_start", "_stop_ids", "_stream", "_summed", "_thinking", "_thinks", "_thought",
-        "_thoughts", "_told", "_undivided", "_unheard", "_usage", "_usage_shown", "_whole", "attained", "cached",
-        "committed",
+        "_same", "_seam", "_shape", "_start", "_stop_ids", "_stream", "_summed", "_sums", "_thinking", "_thinks",
+        "_thought", "_thoughts", "_told", "_undivided", "_unheard", "_usage", "_usage_shown", "_whole", "attained",
+        "cached", "committed",
         "error", "finish_reason", "finished", "limit", "mode", "over", "prompt_tokens", "request", "started",
         "stop_reason",
     )  # fmt: skip
@@ -159,6 +159,8 @@ class Reading:
     """Reasoning tokens before this call, by the engine's count."""
     _reasoned: int
     """And until now."""
+    _sums: list[tuple[int, int]]
+    """Tokens kept, and ``_reasoned`` then, as far back as tokens may be given back."""
     _paid: bool
     """This call's first text has come, with what the parser of the call before held back."""
     _echo: str
@@ -473,6 +475,9 @@ class Reading:
         self._thinking = self._ends_thinking
         if self._adds:
             self._reasoned = self._counted + self._told
+            if sure:
+                self._sums.clear()
+            self._sums.append((ledger.count, self._reasoned))
         self.attained = ledger.count - ledger.unsure
         self._plain = (
             sure
@@ -603,6 +608,9 @@ class Reading:
             known = self._dialect.informed(None, ledger)
         if not known:
             self._give_up(NO_PROMPT)
+        while self._sums and self._sums[-1][0] > ledger.count:
+            self._sums.pop()
+            self._reasoned = self._sums[-1][1] if self._sums else 0
         self.attained = ledger.count - ledger.unsure
 
     def _total_usage(self) -> dict[str, Any]:

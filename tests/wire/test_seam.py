@@ -283,6 +283,14 @@ def test_what_follows_the_thoughts_is_not_interrupted() -> None:
     usage=False,
     marked=False,
 )
+# Tokens that are given back, because nobody knows their text, are not counted either.
+@example(
+    body={"seed_text": "acac", "temperature": 0, "max_tokens": 8, "stream": True, "ignore_eos": True},
+    script=Script(aborts=[8]),
+    tools=False,
+    usage=True,
+    marked=False,
+)
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_after_the_thoughts_comes_one_call(
     body: dict[str, Any], script: Script, tools: bool, usage: bool, marked: bool
