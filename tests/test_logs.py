@@ -81,6 +81,7 @@ def test_who_does_not_read_the_log_stops_nobody_and_is_told_what_is_lost(monkeyp
                 numbers.append(int(number))
             if len(numbers) + lost == 10_000:
                 break
+        assert len(numbers) + lost == 10_000
         assert len(numbers) >= 3000
         assert numbers == sorted(set(numbers))
         assert lost > 0

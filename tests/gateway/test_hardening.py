@@ -21,6 +21,18 @@ Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 UPLOAD = b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nContent-Type: audio/wav\r\n"
 
 
+def halves(go_on: asyncio.Event) -> Serve:
+    """Sends half of an answer, and the rest when told to."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nabc")
+        await go_on.wait()
+        writer.write(b"def")
+        await writer.drain()
+
+    return serve
+
+
 @asynccontextmanager
 async def bare(serve: Serve) -> AsyncIterator[tuple[Gateway, str]]:
     """A gateway before an engine that lists a model and does with everything else under /v1 what ``serve`` does."""
@@ -112,14 +124,7 @@ async def test_a_relayed_answer_that_breaks_off_is_seen_to_and_is_no_bug_of_ours
 async def test_an_upstream_is_not_forgotten_before_what_passes_through_it_is_over() -> None:
     """Its connections are closed with it, and a relayed answer over one of them would never end."""
     go_on = asyncio.Event()
-
-    async def slowly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nabc")
-        await go_on.wait()
-        writer.write(b"def")
-        await writer.drain()
-
-    async with bare(slowly) as (gateway, url), aiohttp.ClientSession() as session:
+    async with bare(halves(go_on)) as (gateway, url), aiohttp.ClientSession() as session:
         async with session.get(url + "/v1/thing") as response:
             assert await response.content.readany() == b"abc"
             await gateway.remove_upstream(next(iter(gateway.fleet.upstreams)))

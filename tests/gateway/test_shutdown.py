@@ -24,7 +24,7 @@ from elis_gateway.errors import ConfigError
 from elis_gateway.predictor.make import make_predictor
 from elis_gateway.sim.server import SimServer
 from elis_gateway.tasks import spawn
-from tests.gateway.test_hardening import bare
+from tests.gateway.test_hardening import bare, halves
 from tests.gateway.world import COMPLETIONS, paced, payloads, read_until, until, world
 
 BODY: dict[str, Any] = {"model": "sim", "prompt": "long", "max_tokens": 300, "ignore_eos": True, "stream": True}
@@ -78,14 +78,7 @@ async def test_a_second_signal_counts_though_the_grace_has_not_begun() -> None:
 
 async def test_what_is_only_passed_on_may_finish_too_and_nothing_new_is_taken() -> None:
     go_on = asyncio.Event()
-
-    async def slowly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nabc")
-        await go_on.wait()
-        writer.write(b"def")
-        await writer.drain()
-
-    async with bare(slowly) as (gateway, url), ClientSession() as session:
+    async with bare(halves(go_on)) as (gateway, url), ClientSession() as session:
         async with session.get(url + "/v1/thing") as response, session.get(url + "/health") as before:
             assert await response.content.readany() == b"abc"
             await before.read()
