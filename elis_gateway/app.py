@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from elis_gateway import build
+from elis_gateway import build, tls
 from elis_gateway import config as config_module
 from elis_gateway.access import Door, Rounds
 from elis_gateway.admin import make_admin_app
@@ -35,7 +35,7 @@ from elis_gateway.handlers import Handlers, describe
 from elis_gateway.intake import Intake
 from elis_gateway.journal import Journal
 from elis_gateway.lag import LagMeter
-from elis_gateway.listener import MALFORMED_IS_NO_BUG, Listener, Request, sign
+from elis_gateway.listener import AppRunner, Listener, Request, sign
 from elis_gateway.live import Live
 from elis_gateway.metrics import Metrics
 from elis_gateway.tasks import spawn
@@ -178,7 +178,7 @@ class Gateway:
         self._drained: set[str] = set()
         """Upstreams that are to get no work, whatever they become: the admin listener was told so."""
         self._saver: asyncio.Task[None] | None = None
-        self._tls: list[build.ListenerTLS] = []
+        self._tls: list[tls.Listening] = []
         self._runners: list[web.BaseRunner] = []
         self._sites: list[web.TCPSite] = []
 
@@ -195,7 +195,7 @@ class Gateway:
             await self._listen(web.ServerRunner(self._public(), shutdown_timeout=_FLUSH), server)
             admin_app = make_admin_app(self)
             admin_app.on_response_prepare.append(sign)
-            runner = web.AppRunner(admin_app, access_log=None, logger=MALFORMED_IS_NO_BUG, shutdown_timeout=_FLUSH)
+            runner = AppRunner(admin_app, head_timeout=server.head_timeout, access_log=None, shutdown_timeout=_FLUSH)
             await self._listen(runner, admin)
             self._lag.start()
             self._saver = spawn(self._save_regularly(), name="save what was learned")
@@ -280,7 +280,7 @@ class Gateway:
     async def _listen(self, runner: web.BaseRunner, settings: config_module.Server | config_module.Admin) -> None:
         context: ssl.SSLContext | None = None
         if settings.tls.cert is not None:
-            self._tls.append(build.ListenerTLS(settings.tls))
+            self._tls.append(tls.Listening(settings.tls))
             context = self._tls[-1].context
         await runner.setup()
         self._runners.append(runner)
@@ -487,8 +487,8 @@ class Gateway:
             self.door.change(new_keys, new.limits, new.scheduler.classes)
             applied.append("auth and limits")
         if self._tls:
-            for tls in self._tls:
-                tls.load()
+            for listening in self._tls:
+                listening.load()
             applied.append("certificates")
         if (dials := build.live_dials(new.scheduler)) != build.live_dials(old.scheduler):
             policy = build.policy(new.scheduler.policy, new.scheduler.aging)
@@ -529,8 +529,8 @@ class Gateway:
         for upstream in new.upstreams:
             if upstream != there.get(upstream.name):
                 check(upstream)
-        for tls in self._tls:
-            build.server_tls(tls.section)
+        for listening in self._tls:
+            tls.listener(listening.section)
         build.policy(new.scheduler.policy, new.scheduler.aging)
 
     async def _change_upstreams(self, wanted: dict[str, config_module.Upstream]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 from dataclasses import fields
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -19,8 +18,7 @@ from elis_gateway.predictor.base import Predictor
 from elis_gateway.predictor.make import make_predictor
 
 __all__ = [
-    "WINDOWS", "ListenerTLS", "live_dials", "parse_policy", "parse_upstream", "policy", "predictor",
-    "scheduler_config", "server_tls",
+    "WINDOWS", "live_dials", "parse_policy", "parse_upstream", "policy", "predictor", "scheduler_config",
 ]  # fmt: skip
 
 WINDOWS = ("window", "mode", "rescore")
@@ -99,49 +97,6 @@ def parse_upstream(wanted: Any) -> config.Upstream:
     if local:
         raise ConfigError(f"{local[0]}: can be set in the configuration file only")
     return settings
-
-
-def server_tls(section: config.ServerTLS) -> ssl.SSLContext | None:
-    """What a listener with this section needs; None: no TLS. Raises ``ConfigError``."""
-    if section.cert is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(section.cert, section.key)
-        if section.client_ca is not None:
-            context.verify_mode = ssl.CERT_REQUIRED
-            context.load_verify_locations(section.client_ca)
-            # A client whose authority is no longer trusted must not go on with what it was given before.
-            context.num_tickets = 0
-            context.options |= ssl.OP_NO_TICKET
-    except OSError as error:
-        raise ConfigError(f"tls: {section.cert}: {error}") from error
-    return context
-
-
-class ListenerTLS:
-    """A listener's files, read again on demand: every new connection gets what is there now, old ones go on.
-
-    Not by loading them into the context that listens: what that trusts could only become more.
-    """
-
-    def __init__(self, section: config.ServerTLS) -> None:
-        """Raises ``ConfigError``, as ``load`` does."""
-        self.section = section
-        self.load()
-        self.context = self._current
-        """What to listen with."""
-        self.context.sni_callback = self._hand_over
-
-    def load(self) -> None:
-        """Read the files. What cannot be read changes nothing."""
-        current = server_tls(self.section)
-        assert current is not None
-        self._current = current
-
-    def _hand_over(self, connection: ssl.SSLObject, name: str | None, listening: ssl.SSLContext) -> None:
-        connection.context = self._current
 
 
 def _outside(kind: str, options: dict[str, Any]) -> Policy:

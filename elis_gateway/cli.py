@@ -125,11 +125,12 @@ def check_config(path: Path, quiet: bool) -> None:
 
     That is the file, overridden by the environment (ELIS__SECTION__KEY), with every default spelled out.
     """
-    from elis_gateway import config
+    from elis_gateway import config, tls
 
     effective = config.load(path)
     if effective.auth.keys_file is not None and effective.auth.keys_file.exists():
         config.keys(effective)
+    tls.try_files(effective)
     for words in config.warnings(effective):
         click.echo(f"Warning: {words}", err=True)
     if not quiet:

@@ -119,7 +119,7 @@ class Server(Section):
     max_header: Annotated[int, Field(ge=1024)] = 64 * 1024
     """Longest request line and longest header field accepted."""
     head_timeout: Seconds = 20.0
-    """How long a request's head may take to arrive, from its first byte; 0: any time."""
+    """How long a request's head may take to arrive, from its first byte, on the admin listener too; 0: any time."""
     body_timeout: Seconds = 120.0
     """How long a request's body may take to arrive; 0: any time."""
     idle_timeout: Annotated[float, Field(gt=0)] = 75.0

@@ -17,13 +17,10 @@ from aiohttp.http_exceptions import HttpProcessingError
 from elis_gateway.errors import ClientError, GatewayError
 from elis_gateway.wire.problems import problem, reason
 
-__all__ = ["MALFORMED_IS_NO_BUG", "Listener", "Request", "sign"]
+__all__ = ["AppRunner", "Listener", "Request", "sign"]
 
 _log = logging.getLogger("elis_gateway.listener")
-MALFORMED_IS_NO_BUG = logging.getLogger("elis_gateway.listener.aiohttp")
-"""For a plain aiohttp server: what is no HTTP is answered 400, and leaves no traceback in the log."""
 _MALFORMED = (web_protocol.RequestPayloadError, HttpProcessingError)
-MALFORMED_IS_NO_BUG.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], _MALFORMED)))
 
 
 async def sign(request: web.BaseRequest, response: web.StreamResponse) -> None:
@@ -50,7 +47,7 @@ class Request(web.BaseRequest):
 
 
 class Listener(web.Server):
-    """The public listener's protocol factory. ``refused`` is told of what no handler sees.
+    """A listener's protocol factory. ``refused`` is told of what no handler sees.
 
     ``head_timeout``: seconds a request's head may take; ``stall``: seconds in which a client that is behind has to read
     something. 0: any.
@@ -72,6 +69,23 @@ class Listener(web.Server):
 
     def __call__(self) -> web.RequestHandler:
         return _Connection(self, loop=self._loop, **self._kwargs)
+
+
+class AppRunner(web.AppRunner):
+    """Runs an application, with routes, on a ``Listener``."""
+
+    def __init__(self, app: web.Application, *, head_timeout: float, **options: Any) -> None:
+        super().__init__(app, **options)
+        self._head_timeout = head_timeout
+
+    async def _make_server(self) -> web.Server:
+        plain = await super()._make_server()
+        return Listener(
+            plain.request_handler,
+            head_timeout=self._head_timeout,
+            request_factory=plain.request_factory,
+            **self._kwargs,
+        )
 
 
 class _Connection(web.RequestHandler):

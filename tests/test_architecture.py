@@ -23,11 +23,11 @@ VALUES = {CORE + ".job", CORE + ".slice"}
 ARROWS: dict[str, set[str]] = {
     "elis_gateway": set(),
     E + "__main__": {E + "cli"},
-    E + "cli": {E + "access", E + "app", E + "doctor", E + "logs", E + "sim", "loadtest", "onnx_export"},
+    E + "cli": {E + "access", E + "app", E + "doctor", E + "logs", E + "sim", E + "tls", "loadtest", "onnx_export"},
     E + "app": {
         *(E + name for name in ("admin", "build", "channel", "dispatcher", "flight", "handlers", "intake")),
         *(E + name for name in ("access", "journal", "lag", "listener", "live", "logs", "metrics")),
-        *(E + name for name in ("tasks", "tracing", "traffic_log", "predictor", "upstream", "warmth", "wire")),
+        *(E + name for name in ("tasks", "tls", "tracing", "traffic_log", "predictor", "upstream", "warmth", "wire")),
         CORE,
     },
     # the live gateway, outermost first
@@ -75,7 +75,8 @@ ARROWS: dict[str, set[str]] = {
     E + "traffic_log": {E + "behind", E + "flight", *VALUES},
     E + "flight": {E + "channel", E + "wire", *VALUES},
     E + "channel": set(),
-    E + "upstream": {E + "wire", E + "tasks", CORE + ".placement"},
+    E + "tls": set(),
+    E + "upstream": {E + "wire", E + "tasks", E + "tls", CORE + ".placement"},
     # the parts that stand alone
     CORE: set(),
     E + "wire": VALUES,

@@ -20,13 +20,12 @@ from datetime import UTC
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Self
-from weakref import WeakValueDictionary
 
 import aiohttp
 from multidict import CIMultiDict
 from yarl import URL
 
-from elis_gateway import __version__, config
+from elis_gateway import __version__, config, tls
 from elis_gateway.errors import ConfigError, UpstreamError, UpstreamRefused, UpstreamUnavailable
 from elis_gateway.upstream.base import Capabilities
 from elis_gateway.upstream.names import Names
@@ -111,7 +110,7 @@ class HttpUpstream:
                 limit=0,
                 keepalive_timeout=_POOL_IDLE,
                 # Authorities take a megabyte and tens of milliseconds: not where nobody will be asked for any.
-                ssl=_shared(self.settings.tls) if self.settings.url.lower().startswith("https:") else True,
+                ssl=tls.shared(self.settings.tls) if self.settings.url.lower().startswith("https:") else True,
                 ttl_dns_cache=10,
                 resolver=Names(),
                 socket_factory=_watched_socket,
@@ -520,7 +519,7 @@ def _watched_socket(address: aiohttp.AddrInfoType) -> socket.socket:
 def check(settings: config.Upstream) -> None:
     """Is everything there that an upstream's settings refer to? Raises ``ConfigError``."""
     _api_key(settings.api_key_env)
-    _ssl(settings.tls)
+    tls.upstream(settings.tls)
 
 
 def _origin(url: URL) -> tuple[str, str, int | None]:
@@ -539,35 +538,3 @@ def _api_key(variable: str | None) -> str | None:
     if key := os.environ.get(variable):
         return key
     raise ConfigError(f"environment variable {variable} (an upstream's api_key_env) is not set")
-
-
-_in_use: WeakValueDictionary[tuple[object, ...], ssl.SSLContext] = WeakValueDictionary()
-
-
-def _shared(tls: config.TLS) -> ssl.SSLContext | bool:
-    """``_ssl``, and one for all upstreams whose files are the same and as they were: a megabyte of authorities each."""
-    files = (tls.ca, tls.cert, tls.key)
-    key = (tls.verify, *files, *(path is not None and path.exists() and path.stat().st_mtime_ns for path in files))
-    context = _in_use.get(key)
-    if context is None:
-        made = _ssl(tls)
-        if not isinstance(made, ssl.SSLContext):
-            return made
-        context = _in_use[key] = made
-    return context
-
-
-def _ssl(tls: config.TLS) -> ssl.SSLContext | bool:
-    if not tls.verify and tls.cert is None:
-        return False
-    try:
-        context = ssl.create_default_context(cafile=tls.ca)
-        if not tls.verify:
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        if tls.cert is not None:
-            context.load_cert_chain(tls.cert, tls.key)
-    except OSError as error:
-        files = ", ".join(str(path) for path in (tls.ca, tls.cert, tls.key) if path is not None)
-        raise ConfigError(f"upstreams: tls: {files}: {error}") from error
-    return context

@@ -120,7 +120,8 @@ async def test_a_bug_of_ours_is_told_in_the_same_shape(monkeypatch: pytest.Monke
 
 async def test_a_head_that_never_ends_and_a_body_that_never_comes_are_given_up() -> None:
     async with world(server={"head_timeout": 0.1, "body_timeout": 0.1}) as w:
-        assert await raw(w.gateway.port, b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Slow") == b""
+        for port in (w.gateway.port, w.gateway.admin_port):
+            assert await raw(port, b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Slow") == b""
         start = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 50\r\n\r\n{"
         status, error = refusal((await raw(w.gateway.port, start)) or b"")
         assert (status, error["code"]) == (408, "request_timeout")
@@ -142,6 +143,10 @@ async def test_errors_of_the_admin_listener_are_json() -> None:
             async with w.session.request(method, w.admin + path) as response:
                 assert response.status == status
                 assert "error" in orjson.loads(await response.read())
+        status, error = refusal(
+            (await raw(w.gateway.admin_port, b"GET / HTTP/1.1\r\nHost: x\r\na b: c\r\n\r\n")) or b""
+        )
+        assert (status, error["code"]) == (400, "bad_request")
 
 
 async def test_the_engine_s_refusal_of_our_own_key_stays_between_us() -> None:
