@@ -573,6 +573,8 @@ class Gateway:
         if (settings := self._wanted.get(name)) is not None and not self._stopping:
             await self.fleet.add(settings)
             self.fleet.drain(name, draining=name in self._drained)
+        else:
+            self.metrics.forget(name)
 
     async def add_upstream(self, wanted: Any) -> dict[str, Any]:
         """Use another upstream from now on, until a reload says otherwise. Raises ``ConfigError``."""

@@ -11,8 +11,10 @@ import asyncio
 import json
 import logging
 import os
+import resource
 import signal
 from collections.abc import Coroutine
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -90,6 +92,16 @@ def _imported(module: str, extra: str, what: str) -> click.Command:
 @click.version_option(__version__, "-V", "--version", prog_name=PROGRAM)
 def cli() -> None:
     """A reverse proxy for OpenAI-compatible LLM servers: the request with the least left to generate goes first."""
+    _use_all_descriptors()
+
+
+def _use_all_descriptors() -> None:
+    """A stream takes two sockets, its client's and its upstream's. The soft limit that shells and services begin with,
+    1024, is for programs that call ``select``; up to the hard one it is ours to raise."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Some systems name no limit, and refuse that all the same.
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 _config_file = click.argument("path", metavar="CONFIG.yaml", type=click.Path(dir_okay=False, path_type=Path))

@@ -289,6 +289,14 @@ class Metrics(Collector, Observer):
             if flight.first_estimate is not None:
                 model.error.observe(abs(flight.first_estimate.remaining - job.attained))
 
+    def forget(self, upstream: str) -> None:
+        """It was removed: where upstreams come and go by the hour, their series would only become more."""
+        for counts in (self._ends, self._errors):
+            for key in [key for key in counts if key[0] == upstream]:
+                del counts[key]
+        for kept in (self._seams, self._firsts, self._failovers):
+            kept.pop(upstream, None)
+
     def _model(self, name: str) -> _Model:
         model = self._models.get(name)
         if model is None:

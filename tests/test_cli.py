@@ -120,6 +120,20 @@ def test_a_missing_extra_is_answered_with_the_pip_command(monkeypatch: pytest.Mo
     assert "pip install 'elis-gateway[demo]'" in result.output
 
 
+def test_a_command_may_open_as_many_sockets_as_the_system_allows() -> None:
+    """Shells begin with 1024, of which a stream takes two."""
+    code = """if True:
+        from resource import RLIMIT_NOFILE, getrlimit, setrlimit
+        from click.testing import CliRunner
+        from elis_gateway.cli import cli
+        _, hard = getrlimit(RLIMIT_NOFILE)
+        setrlimit(RLIMIT_NOFILE, (256, hard))
+        CliRunner().invoke(cli, ["completion", "bash"])
+        assert getrlimit(RLIMIT_NOFILE)[0] == hard
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_make_workload(tmp_path: Path) -> None:
     path = tmp_path / "w.json"
     result = run("loadtest", "make-workload", str(path), "--num-requests", "5", "--capacity", "100", "--seed", "3")

@@ -70,6 +70,8 @@ async def test_upstreams_come_and_go_while_serving() -> None:
             data += await response.content.read()
         assert w.checker.check(COMPLETIONS, BODY, of_stream(payloads(data))) == []
         await until(lambda: len(names(w)) == 1)
+        # Nor do the metrics speak of it any more.
+        await until(lambda: gone.encode() not in w.gateway.render_metrics())
         wanted = {"url": busy.url, "slots": 2, "health": {"interval": 0.05}}
         assert (await admin(w, "POST", "/admin/upstreams", wanted))[0] == 200
         await until(lambda: len(w.gateway.fleet.serving("sim")) == 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -136,5 +137,7 @@ async def world(
         for engine in engines:
             engine.log.clear()  # of the probes
         stack.push_async_callback(gateway.stop, 0.0)
+        # A reload may change it, for the tests that follow too.
+        stack.callback(logging.getLogger("elis_gateway").setLevel, logging.NOTSET)
         session = await stack.enter_async_context(ClientSession())
         yield World(engines, gateway, session)
