@@ -38,9 +38,10 @@ from elis_gateway.lag import LagMeter
 from elis_gateway.listener import AppRunner, Listener, Request, sign
 from elis_gateway.live import Live
 from elis_gateway.metrics import Metrics
+from elis_gateway.roster import Roster
 from elis_gateway.tasks import spawn
 from elis_gateway.traffic_log import TrafficLog
-from elis_gateway.upstream.fleet import Fleet, in_place
+from elis_gateway.upstream.fleet import Fleet
 from elis_gateway.upstream.http import check
 from elis_gateway.upstream.relay import Relay
 from elis_gateway.warmth import Warmth
@@ -64,8 +65,6 @@ own (700, 10, 10) every other one is looked through several times: 7 % of what a
 _LINGER = 1.0
 """Seconds in which the rest of a refused body is still read, so that its sender gets to see the refusal."""
 
-_AT_ONCE = 16
-"""Upstreams that are begun to be used in one turn of the event loop: some milliseconds."""
 _SAVE_TRIES = 5
 _SAVE_EVERY = 300.0
 """Seconds between two times that what the predictor learned is written down."""
@@ -167,16 +166,10 @@ class Gateway:
         )
         self._changing = asyncio.Lock()
         """One change of the configuration at a time, and none before everything has begun."""
-        self._stopping = False
         self._hurried = asyncio.Event()
         self._saving = threading.Lock()
         """One save at a time: the last one may come while a thread is still at the one before."""
-        self._wanted = {u.name: u for u in config.upstreams}
-        """Upstreams as they should be: the configuration's, and what the admin listener was told since."""
-        self._leaving: set[str] = set()
-        """Upstreams that are drained, and afterwards forgotten or made anew."""
-        self._drained: set[str] = set()
-        """Upstreams that are to get no work, whatever they become: the admin listener was told so."""
+        self.roster = Roster(self.fleet, config.upstreams, idle=self._idle, gone=self._upstream_gone)
         self._saver: asyncio.Task[None] | None = None
         self._tls: list[tls.Listening] = []
         self._runners: list[web.BaseRunner] = []
@@ -212,7 +205,7 @@ class Gateway:
 
         Once is enough; a second call finds nothing left to stop.
         """
-        self._stopping = True
+        self.roster.closed = True
         while self._sites:
             await self._sites.pop().stop()
         if grace is None:
@@ -451,23 +444,18 @@ class Gateway:
         if self._reload is None:
             raise ConfigError("there is no configuration file to read again")
         async with self._changing:
-            self._refuse_if_stopping()
+            self.roster.refuse_if_closed()
             # In a thread: thousands of keys are parsed in seconds, in which no token would move.
             new = await asyncio.to_thread(self._reload)
             new_keys = await asyncio.to_thread(config_module.keys, new)
             return await self._take_over(new, new_keys)
-
-    def _refuse_if_stopping(self) -> None:
-        """What is begun now would be left open."""
-        if self._stopping:
-            raise ConfigError("the gateway is shutting down: nothing can be changed any more")
 
     async def _take_over(self, new: Config, new_keys: tuple[config_module.ApiKey, ...]) -> dict[str, Any]:
         applied: list[str] = []
         old = self.config
         self._check(new)
         swapped = await self._swap_model(new)
-        self._refuse_if_stopping()
+        self.roster.refuse_if_closed()
         changed = [n for n in _ORDERING if getattr(new.scheduler, n) != getattr(self._ordering, n)]
         if changed:
             self._use_policy(new.scheduler)
@@ -533,80 +521,50 @@ class Gateway:
             tls.listener(listening.section)
         build.policy(new.scheduler.policy, new.scheduler.aging)
 
-    async def _change_upstreams(self, wanted: dict[str, config_module.Upstream]) -> bool:
-        """Make the fleet what is wanted, in place where that is possible. Says whether anything had to be done."""
-        self._wanted = wanted
-        self._drained.intersection_update(wanted)
+    async def _change_upstreams(self, wanted: Mapping[str, config_module.Upstream]) -> bool:
         self._intake.forward_credentials = any(u.forward_credentials for u in wanted.values())
-        changed = False
-        for name, there in self.fleet.settings().items():
-            if (new := wanted.get(name)) == there or name in self._leaving:
-                continue
-            changed = True
-            if new is not None and in_place(there, new):
-                self.fleet.change(new)
-                continue
-            self._leaving.add(name)
-            self.fleet.drain(name)
-            spawn(self._replace(name), name=f"replace upstream {name}")
-        # One that is on its way out comes back when it is gone, as is then wanted.
-        missing = [name for name in wanted if name not in self.fleet.upstreams and name not in self._leaving]
-        for count, name in enumerate(missing, start=1):
-            changed = True
-            await self.fleet.add(wanted[name])
-            if name in self._drained:
-                self.fleet.drain(name)
-            if count % _AT_ONCE == 0:
-                # Tokens move in between, and a shutdown ends it. (A turn of a loop that probes a thousand is long.)
-                await asyncio.sleep(0)
-                self._refuse_if_stopping()
-        return changed
+        return await self.roster.change(wanted)
 
-    async def _replace(self, name: str) -> None:
-        """Once nothing runs there any more, forget the upstream, and begin anew with what it has become by then."""
-        await self.dispatcher.idle(name)
-        await self._relay.idle(name)
-        await self.fleet.remove(name)
+    async def _idle(self, upstream: str) -> None:
+        await self.dispatcher.idle(upstream)
+        await self._relay.idle(upstream)
+
+    def _upstream_gone(self, name: str, for_good: bool) -> None:
         self.dispatcher.upstream_removed(name)
         self._warmth.forget(name)
-        self._leaving.discard(name)
-        if (settings := self._wanted.get(name)) is not None and not self._stopping:
-            await self.fleet.add(settings)
-            self.fleet.drain(name, draining=name in self._drained)
-        else:
+        if for_good:
             self.metrics.forget(name)
 
     async def add_upstream(self, wanted: Any) -> dict[str, Any]:
         """Use another upstream from now on, until a reload says otherwise. Raises ``ConfigError``."""
         ranks = {settings.name: settings for settings in build.parse_upstream(wanted).ranks()}
         async with self._changing:
-            self._refuse_if_stopping()
+            self.roster.refuse_if_closed()
             try:
-                config_module.check_count(len(self._wanted) + len(ranks))
+                config_module.check_count(len(self.roster.wanted) + len(ranks))
                 for settings in ranks.values():
                     self.config.check_upstream(settings)
             except ValueError as error:
                 raise ConfigError(str(error)) from None
-            if twice := sorted(ranks.keys() & self._wanted.keys()):
+            if twice := sorted(ranks.keys() & self.roster.wanted.keys()):
                 raise ConfigError(f"there is an upstream {twice[0]} already")
-            await self._change_upstreams({**self._wanted, **ranks})
+            await self._change_upstreams({**self.roster.wanted, **ranks})
         return {"upstreams": self.upstreams()}
 
     async def remove_upstream(self, name: str) -> dict[str, Any]:
-        """Empty an upstream and forget it, until a reload says otherwise. Raises ``ConfigError``."""
+        """Empty an upstream and forget it, until a reload says otherwise. Raises ``UnknownUpstream``."""
         async with self._changing:
-            if name not in self._wanted:
+            if name not in self.roster.wanted:
                 raise UnknownUpstream(name)
-            await self._change_upstreams({n: u for n, u in self._wanted.items() if n != name})
+            await self._change_upstreams({n: u for n, u in self.roster.wanted.items() if n != name})
         return {"upstreams": self.upstreams()}
 
     async def drain_upstream(self, name: str, draining: bool) -> dict[str, Any]:
-        """Send it nothing more, and let what runs there go on elsewhere; or use it again. Raises ``ConfigError``."""
-        if name not in self._wanted:
-            raise UnknownUpstream(name)
-        (self._drained.add if draining else self._drained.discard)(name)
-        if name in self.fleet.upstreams and name not in self._leaving:
-            self.fleet.drain(name, draining=draining)
+        """Send it nothing more, and let what runs there go on elsewhere; or use it again.
+
+        Raises ``UnknownUpstream``.
+        """
+        self.roster.drain(name, draining)
         return {"upstreams": self.upstreams()}
 
 

@@ -27,7 +27,10 @@ ARROWS: dict[str, set[str]] = {
     E + "app": {
         *(E + name for name in ("admin", "build", "channel", "dispatcher", "flight", "handlers", "intake")),
         *(E + name for name in ("access", "journal", "lag", "listener", "live", "logs", "metrics")),
-        *(E + name for name in ("tasks", "tls", "tracing", "traffic_log", "predictor", "upstream", "warmth", "wire")),
+        *(
+            E + name
+            for name in ("tasks", "tls", "tracing", "traffic_log", "predictor", "roster", "upstream", "warmth", "wire")
+        ),
         CORE,
     },
     # the live gateway, outermost first
@@ -75,6 +78,7 @@ ARROWS: dict[str, set[str]] = {
     E + "traffic_log": {E + "behind", E + "flight", *VALUES},
     E + "flight": {E + "channel", E + "wire", *VALUES},
     E + "channel": set(),
+    E + "roster": {E + "tasks", E + "upstream.fleet"},
     E + "tls": set(),
     E + "upstream": {E + "wire", E + "tasks", E + "tls", CORE + ".placement"},
     # the parts that stand alone

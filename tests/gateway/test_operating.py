@@ -115,7 +115,7 @@ async def test_many_ranks_are_added_without_holding_anybody_up(monkeypatch: pyte
         adding = spawn(w.gateway.add_upstream(many), name="add")
         await until(lambda: len(names(w)) > before)
         assert len(names(w)) < 300, "others have their turn in between"
-        w.gateway._stopping = True
+        w.gateway.roster.closed = True
         with pytest.raises(ConfigError, match="shutting down"):
             await adding
 
@@ -185,7 +185,7 @@ async def test_an_upstream_wanted_again_while_its_connections_close_comes_back_o
         assert (await admin(w, "POST", "/admin/reload"))[0] == 200
         await asyncio.sleep(0.05)
         closed.set()
-        await until(lambda: not w.gateway._leaving and len(w.gateway.fleet.serving("sim")) == 1)
+        await until(lambda: w.gateway.roster.settled and len(w.gateway.fleet.serving("sim")) == 1)
         await w.check(COMPLETIONS, {**BODY, "max_tokens": 20})
         assert [task.get_name() for task in asyncio.all_tasks()].count(f"watch {name}") == 1
 
@@ -297,7 +297,7 @@ async def test_what_was_emptied_stays_so_when_it_is_made_anew() -> None:
         one, two = (u.model_dump(mode="json") for u in w.gateway.config.upstreams)
         changed(w, upstreams=[{**one, "context": 1000}, two])
         assert (await admin(w, "POST", "/admin/reload"))[1]["applied"] == ["upstreams"]
-        await until(lambda: w.gateway.fleet.upstreams.get(first, before) is not before and not w.gateway._leaving)
+        await until(lambda: w.gateway.fleet.upstreams.get(first, before) is not before and w.gateway.roster.settled)
         await until(lambda: {u["id"]: u["up"] for u in w.gateway.upstreams()}[first])
         assert [u.id for u in w.gateway.fleet.serving("sim")] == [second]
         await admin(w, "POST", f"/admin/upstreams/{first}/undrain")
