@@ -8,11 +8,12 @@ from math import erfc, exp, log, sqrt
 import numpy as np
 
 from elis_gateway.predictor import learner as real
+from elis_gateway.predictor import spread as ratios
 from elis_gateway.predictor.base import View
 from elis_gateway.predictor.history import History
 from elis_gateway.predictor.learner import Sight
 
-RATIOS = np.exp(np.linspace(real._LOW, real._HIGH, real._BINS + 1))
+RATIOS = np.exp(np.linspace(ratios._LOW, ratios._HIGH, ratios._BINS + 1))
 
 
 class Plain:
@@ -81,7 +82,7 @@ class Level:
                 weight *= sure
             target = placed + min(max(off, -2.0), 2.0)
             spread.learn(bound, complete)
-            spread.sums = spread.sums / real._GROWTH + weight * np.array(
+            spread.sums = spread.sums / ratios._GROWTH + weight * np.array(
                 (1.0, line, target, line * line, line * target)
             )
             self.moments += weight * np.outer(inputs, inputs)
@@ -112,24 +113,24 @@ class Level:
 class Spread:
     def __init__(self, parent: Spread | None) -> None:
         self.parent = parent
-        self.ended, self.lasted, self.sums = np.zeros(real._BINS), np.zeros(real._BINS), np.zeros(5)
+        self.ended, self.lasted, self.sums = np.zeros(ratios._BINS), np.zeros(ratios._BINS), np.zeros(5)
 
     def slant(self) -> tuple[float, float]:
-        slope, shift = self.parent.slant() if self.parent else (real._SLOPE, 0.0)
+        slope, shift = self.parent.slant() if self.parent else (ratios._SLOPE, 0.0)
         count, lines, trues, squares, products = self.sums
         if count > 0.0:
-            believed = real._SLOPE_STRENGTH * real._SLOPE_VARIANCE
+            believed = ratios._SLOPE_STRENGTH * ratios._SLOPE_VARIANCE
             over = squares - lines * lines / count + believed
             slope = min(max((products - lines * trues / count + believed * slope) / over, 0.1), 1.2)
-            shift = (trues - slope * lines + real._SLOPE_STRENGTH * shift) / (count + real._SLOPE_STRENGTH)
+            shift = (trues - slope * lines + ratios._SLOPE_STRENGTH * shift) / (count + ratios._SLOPE_STRENGTH)
         return float(slope), float(shift)
 
     def learn(self, off: float, complete: bool) -> None:
-        self.ended /= real._GROWTH
-        self.lasted /= real._GROWTH
-        (self.ended if complete else self.lasted)[min(max(int((off - real._LOW) / real._STEP), 0), real._BINS - 1)] += (
-            1.0
-        )
+        self.ended /= ratios._GROWTH
+        self.lasted /= ratios._GROWTH
+        (self.ended if complete else self.lasted)[
+            min(max(int((off - ratios._LOW) / ratios._STEP), 0), ratios._BINS - 1)
+        ] += 1.0
 
     def hazards(self) -> np.ndarray:
         if self.parent is None:
@@ -138,7 +139,7 @@ class Spread:
             prior = 1.0 - beyond[1:] / beyond[:-1]
         else:
             prior = self.parent.hazards()
-        believed = real._STRENGTH * np.append(1.0, np.cumprod(1.0 - prior)[:-1])
+        believed = ratios._STRENGTH * np.append(1.0, np.cumprod(1.0 - prior)[:-1])
         gone = self.ended + self.lasted
         after = np.append(np.cumsum(gone[::-1])[::-1][1:], 0.0)
         return (self.ended + believed * prior) / (self.ended + after + believed)
@@ -150,9 +151,9 @@ class Spread:
 
     def beyond(self, off: float) -> tuple[float, float]:
         survival = self.survival()
-        at = min(max(int((off - real._LOW) / real._STEP), 0), real._BINS - 1)
+        at = min(max(int((off - ratios._LOW) / ratios._STEP), 0), ratios._BINS - 1)
         if survival[at] <= 1e-9:
             return off, 1.0
-        centres = real._LOW + (np.arange(at, real._BINS) + 0.5) * real._STEP
+        centres = ratios._LOW + (np.arange(at, ratios._BINS) + 0.5) * ratios._STEP
         share = (survival[at:-1] - survival[at + 1 :]) / survival[at]
         return max(float(share @ centres), off), 1.0 - float(survival[at])

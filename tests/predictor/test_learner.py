@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elis_gateway.predictor import learner as real
+from elis_gateway.predictor import spread as ratios
 from elis_gateway.predictor.learner import Learner, Prediction, Sight
 from tests.predictor.plain_learner import Plain
 
@@ -222,9 +223,10 @@ def test_one_answer_with_a_rare_word_decides_nothing() -> None:
 def test_is_the_plain_mathematics_done_in_less_time(monkeypatch: pytest.MonkeyPatch, unit: float) -> None:
     """Growing units, rows gathered a few at a time, tables made when asked for: a stream of jobs in two applications,
     some cut off, comes out as where everything fades by multiplication and is made anew every time."""
-    monkeypatch.setattr(real, "_RENEW", 0.0)
-    monkeypatch.setattr(real, "_UNIT", unit)  # 3: units are made small again all the time
-    monkeypatch.setattr(real._Spread, "_next", lambda self: 0)
+    for module in (real, ratios):
+        monkeypatch.setattr(module, "RENEW", 0.0)
+        monkeypatch.setattr(module, "UNIT", unit)  # 3: units are made small again all the time
+    monkeypatch.setattr(ratios.Spread, "_next", lambda self: 0)
     fast, plain = Learner(FEATURES, REDUCED), Plain(FEATURES, REDUCED)
     traffic = Traffic(5)
     for number in range(60):
