@@ -184,7 +184,7 @@ def doctor(target: str, api_key_env: str | None, quiet: bool) -> None:
     With a configuration whose gateway runs, its metrics tell whether requests wait and answers differ
     (the admin key, where it asks for one, from ELIS_ADMIN_KEY).
     """
-    from elis_gateway import config
+    from elis_gateway import config, doctor_report
     from elis_gateway import doctor as doctoring
 
     if "://" not in target and ":" in target and not Path(target).exists():
@@ -204,8 +204,8 @@ def doctor(target: str, api_key_env: str | None, quiet: bool) -> None:
     found, failed = asyncio.run(doctoring.examine_all(upstreams, effective, say=say))
     if not quiet:
         for one in found:
-            click.echo("\n".join(doctoring.report(one)) + "\n")
-    if yaml := doctoring.snippet(found):
+            click.echo("\n".join(doctor_report.report(one)) + "\n")
+    if yaml := doctor_report.snippet(found):
         click.echo(yaml if quiet else f"The YAML to use:\n\n{yaml}", nl=False)
     for line in failed:
         click.echo(f"Error: {line}", err=True)

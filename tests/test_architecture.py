@@ -23,7 +23,11 @@ VALUES = {CORE + ".job", CORE + ".slice"}
 ARROWS: dict[str, set[str]] = {
     "elis_gateway": set(),
     E + "__main__": {E + "cli"},
-    E + "cli": {E + "access", E + "app", E + "doctor", E + "logs", E + "sim", E + "tls", "loadtest", "onnx_export"},
+    E + "cli": {
+        *(E + name for name in ("access", "app", "doctor", "doctor_report", "logs", "sim", "tls")),
+        "loadtest",
+        "onnx_export",
+    },
     E + "app": {
         *(E + name for name in ("admin", "build", "channel", "dispatcher", "flight", "handlers", "intake")),
         *(E + name for name in ("access", "journal", "lag", "listener", "live", "logs", "metrics")),
@@ -50,7 +54,8 @@ ARROWS: dict[str, set[str]] = {
             "wire",
         )
     },
-    E + "doctor": {E + "tasks", E + "upstream", E + "wire"},
+    E + "doctor": {E + "doctor_report", E + "tasks", E + "upstream", E + "wire"},
+    E + "doctor_report": {E + "upstream.base"},
     E + "listener": {E + "wire"},
     E + "access": {E + "flight"},
     E + "admin_guard": {E + "access"},

@@ -15,7 +15,7 @@ from aiohttp import web
 from aiohttp.test_utils import RawTestServer as TestServer
 from click.testing import CliRunner
 
-from elis_gateway import doctor
+from elis_gateway import doctor, doctor_report
 from elis_gateway.cli import cli
 from elis_gateway.config import Upstream, from_mapping
 from elis_gateway.errors import UpstreamUnavailable
@@ -38,11 +38,11 @@ def engine(slots: int, *, seam: float = 0.0, **more: Any) -> ServerConfig:
     return ServerConfig(port=0, engine=model, max_model_len=4096, language=AT_ONCE.language, **more)
 
 
-def examined(*configs: ServerConfig, fault: Fault | None = None, **settings: Any) -> doctor.Findings:
+def examined(*configs: ServerConfig, fault: Fault | None = None, **settings: Any) -> doctor_report.Findings:
     """What the doctor finds, in virtual time: whether this machine is busy changes nothing. Several engines stand
     behind one load balancer."""
 
-    async def examine() -> doctor.Findings:
+    async def examine() -> doctor_report.Findings:
         async with AsyncExitStack() as stack:
             servers = [await stack.enter_async_context(SimServer(config)) for config in configs]
             if fault is not None:
@@ -68,10 +68,10 @@ def test_slots_seam_and_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.capabilities.orders
     assert found.capabilities.context == {"sim": 4096}
     assert found.cache.startswith("yes")
-    made = from_mapping(yaml.safe_load(doctor.snippet([found])))
+    made = from_mapping(yaml.safe_load(doctor_report.snippet([found])))
     (told,) = made.upstreams
     assert (told.slots, told.overcommit, told.api_key_env) == (3, 2, "ITS_KEY"), "it can be served with as it is"
-    words = "\n".join(doctor.report(found))
+    words = "\n".join(doctor_report.report(found))
     assert "continued exactly" in words
     assert "for your traffic to say" in words
 
@@ -135,15 +135,15 @@ def saying(document: Any, status: int = 200) -> Callable[[web.BaseRequest], web.
 def test_what_is_no_engine_is_told_plainly_and_gets_no_yaml(
     answer: Callable[[web.BaseRequest], web.Response], said: str
 ) -> None:
-    async def examine() -> tuple[list[doctor.Findings], list[str]]:
+    async def examine() -> tuple[list[doctor_report.Findings], list[str]]:
         async with listening(answer) as url:
             upstream = Upstream.model_validate({"url": url, "slots": 1})
             return await doctor.examine_all([upstream], None, say=lambda what: None)
 
     found, failed = asyncio.run(examine())
-    assert said in "\n".join([*failed, *(line for one in found for line in doctor.report(one))])
+    assert said in "\n".join([*failed, *(line for one in found for line in doctor_report.report(one))])
     assert failed or all(one.wrong for one in found)
-    assert doctor.snippet(found) == ""
+    assert doctor_report.snippet(found) == ""
 
 
 def test_an_engine_that_serves_chats_alone_is_asked_by_chats() -> None:
@@ -152,7 +152,7 @@ def test_an_engine_that_serves_chats_alone_is_asked_by_chats() -> None:
     assert found.slots == 3
     assert found.cache.startswith("yes")
     assert "/v1/completions is answered 404: it was asked by chats alone." in found.notes
-    assert "slots: 3" in doctor.snippet([found])
+    assert "slots: 3" in doctor_report.snippet([found])
 
 
 def test_one_engine_or_several_behind_one_address() -> None:
@@ -160,12 +160,12 @@ def test_one_engine_or_several_behind_one_address() -> None:
     assert examined(telling).engines == "one, as far as can be seen"
     several = examined(telling, telling)
     assert several.engines.startswith("SEVERAL, it seems")
-    assert "Name the engines themselves" in "\n".join(doctor.report(several))
+    assert "Name the engines themselves" in "\n".join(doctor_report.report(several))
     assert examined(engine(1)).engines.startswith("not known: it does not tell")
     ranks = examined(engine(6, engines=2))
     assert ranks.engines == "2: data-parallel ranks"
     assert ranks.slots == 6
-    made = from_mapping(yaml.safe_load(doctor.snippet([ranks])))
+    made = from_mapping(yaml.safe_load(doctor_report.snippet([ranks])))
     assert [(u.slots, u.data_parallel_rank) for u in made.upstreams] == [(3, 0), (3, 1)], "three for each, not six"
 
 
@@ -174,8 +174,8 @@ def test_the_yaml_keeps_what_a_person_has_set() -> None:
     given = {"url": "http://a:1", "slots": 9, "api_key_env": "KEY", "models": ["m"], "timeouts": {"connect": 1}}
     for more in ({"name": "one"}, {"data_parallel_size": 2}):
         before = from_mapping({"upstreams": [{**given, **more}]}).upstreams
-        found = [doctor.Findings(u.url, tried=4, slots=4, kept=doctor.kept_of(u)) for u in before]
-        made = from_mapping(yaml.safe_load(doctor.snippet(found))).upstreams
+        found = [doctor_report.Findings(u.url, tried=4, slots=4, kept=doctor.kept_of(u)) for u in before]
+        made = from_mapping(yaml.safe_load(doctor_report.snippet(found))).upstreams
         assert made == tuple(u.model_copy(update={"slots": 4}) for u in before)
     plain = from_mapping({"upstreams": [{"url": "http://a:1", "slots": 9, "api_key_env": None}]}).upstreams[0]
     assert doctor.kept_of(plain) == {}
@@ -216,7 +216,7 @@ def test_an_engine_that_says_odd_things_of_its_answers_is_still_examined(
                 kept.clear()
         return response
 
-    async def examine() -> tuple[list[doctor.Findings], list[str]]:
+    async def examine() -> tuple[list[doctor_report.Findings], list[str]]:
         async with TestServer(say) as server:
             upstream = Upstream.model_validate({"url": str(server.make_url("")).rstrip("/"), "slots": 1})
             return await doctor.examine_all([upstream], None, say=lambda what: None)
@@ -225,14 +225,14 @@ def test_an_engine_that_says_odd_things_of_its_answers_is_still_examined(
     assert not failed
     assert found[0].tried
     assert any("keeps streams back" in note for note in found[0].notes) == buffered
-    assert from_mapping(yaml.safe_load(doctor.snippet(found))).upstreams[0].slots >= 1
+    assert from_mapping(yaml.safe_load(doctor_report.snippet(found))).upstreams[0].slots >= 1
 
 
 def test_slots_that_the_engine_has_not_are_called_wrong() -> None:
     found = examined(engine(2, token_ids=False), slots=8)
     assert found.slots == 2
     assert found.seam is None
-    told = "\n".join(doctor.report(found))
+    told = "\n".join(doctor_report.report(found))
     assert "WRONG: slots is 8, the engine runs 2" in told
     assert "one call per request" in told
 
@@ -249,8 +249,8 @@ def page(waits: float, lengths: dict[str, int]) -> str:
     return "\n".join(rows)
 
 
-def load(text: str) -> doctor.Load | None:
-    return doctor.load_of(
+def load(text: str) -> doctor_report.Load | None:
+    return doctor_report.load_of(
         text, "the gateway", wait="elis_queue_wait_seconds", time="elis_jct_seconds", length="elis_answer_tokens"
     )
 
@@ -268,7 +268,7 @@ ALIKE = {"100.0": 0, "105.0": 1000, "+Inf": 1000}
     ],
 )
 def test_it_says_plainly_when_order_cannot_help(text: str, said: str, unsaid: str) -> None:
-    told = "\n".join(doctor.report(doctor.Findings("http://x", tried=1, load=load(text))))
+    told = "\n".join(doctor_report.report(doctor_report.Findings("http://x", tried=1, load=load(text))))
     assert said in told
     assert unsaid not in told
 
