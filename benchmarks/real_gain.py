@@ -3,7 +3,7 @@
 
     python -m benchmarks.real_gain run --seeds 5 --hours 8      resumes; rows: benchmarks/results/real-gain.jsonl
     python -m benchmarks.real_gain run --url http://127.0.0.1:8765 --hours 1          a vLLM that runs already
-    python -m benchmarks.real_gain report                       the table and benchmarks/results/real-gain.png
+    python -m benchmarks.real_gain report [FILE ...]            the tables, and docs/real-gain.svg
 
 vLLM 0.32 (CPU build, float32, 4 slots) and SmolLM2-135M-Instruct at temperature 0, whose answers end by themselves or
 at 250 tokens. First they are recorded, once: half of the prompts are the *past*, which the predictors learn from (they
@@ -30,7 +30,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,7 +44,7 @@ from benchmarks import capacity_live
 from benchmarks.capacity import Clock, about
 from benchmarks.capacity_probe import Pace, Spent
 from benchmarks.rows import save, stored
-from benchmarks.studies.harness import table
+from benchmarks.studies.harness import Ratio, table
 from benchmarks.validate_engine import SLOTS
 from benchmarks.vllm_engine import MODEL, cache
 from elis_gateway.predictor.base import View
@@ -61,7 +61,7 @@ from loadtest.targets import HttpTarget
 from loadtest.workload import Request, Workload, pool
 
 RESULTS = Path(__file__).parent / "results"
-ROWS, RECORDING, PICTURE = (RESULTS / f"real-gain{end}" for end in (".jsonl", "-recording.jsonl", ".png"))
+ROWS, RECORDING = (RESULTS / f"real-gain{end}.jsonl" for end in ("", "-recording"))
 LIMIT = 250
 ORDERS = {"sjf": "SJF", "isrtf-published": "ISRTF as published", "isrtf": "ISRTF elastic"}
 PREDICTORS = {"history": "history", "bge": "BGE", "oracle": "perfect knowledge"}
@@ -306,7 +306,7 @@ def run(
                 block(engine, question, asked, wanted, load, seed, past, output, clock, stamp)
         if clock.left <= 0:
             click.echo("the time is spent; run again to go on")
-    show(output)
+    show([output])
 
 
 def prepare(
@@ -377,10 +377,10 @@ Rows = dict[tuple[str, str, str], dict[int, dict[str, Any]]]
 
 
 @main.command()
-@click.option("--output", type=click.Path(path_type=Path), default=ROWS)
-def report(output: Path) -> None:
-    """Tables and the picture of what is stored, of the newest code."""
-    show(output)
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path, exists=True))
+def report(files: tuple[Path, ...]) -> None:
+    """Tables and the picture of what is stored, of each file the newest code."""
+    show(files or (ROWS,))
 
 
 def valid(row: Mapping[str, Any]) -> bool:
@@ -408,11 +408,14 @@ def against(rows: Rows, load: str, order: str, known: str, figure: str = "mean")
     return [ours[seed]["steps"][figure] / base[seed]["steps"][figure] for seed in shared]
 
 
-def show(path: Path) -> None:
-    if not stored(path):
-        return
-    rows, every = newest(path)
-    loads = list(dict.fromkeys(row["load"] for row in every))
+def show(paths: Sequence[Path]) -> None:
+    rows: Rows = {}
+    every: list[dict[str, Any]] = []
+    for path in paths:
+        of_path, made = newest(path)
+        rows.update(of_path)
+        every += made
+    loads = sorted({row["load"] for row in every})
     for load in loads:
         base = rows.get((load, *FIRST), {})
         if not base:
@@ -446,36 +449,18 @@ def cell(ratios: Sequence[float]) -> str | None:
 
 
 def picture(rows: Rows, loads: Sequence[str]) -> Path:
-    """Mean completion time over first come's, in steps, by load: an order is a colour, what is known a place."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
+    """Mean completion time over first come's, in steps. One draw has no interval, and is not drawn."""
+    from benchmarks.studies import picture as pictures
 
-    from loadtest.report.style import FOREGROUND, GROUND, SERIES, SIZES
-
-    with mpl.rc_context({**SIZES, "figure.facecolor": GROUND}):  # type: ignore[arg-type]
-        figure = Figure(figsize=(3.4 * len(loads) + 0.6, 3.9), layout="constrained")
-        panels = figure.subplots(1, len(loads), sharey=True, squeeze=False)[0]
-        for axes, load in zip(panels, loads, strict=True):
-            axes.axhline(1, color=FOREGROUND, lw=1)
-            for number, (order, label) in enumerate(ORDERS.items()):
-                for said, (x, ratios) in enumerate(_places(rows, load, order, number)):
-                    mean, half = interval(ratios)
-                    axes.errorbar([x], [mean], yerr=[half] if len(ratios) > 1 else None, color=SERIES[number],
-                                  marker="o", ms=5, lw=1.5, label=None if said else label)  # fmt: skip
-            axes.set_xticks(range(len(PREDICTORS)), [name.replace(" ", "\n") for name in PREDICTORS.values()])
-            axes.set_xlim(-0.5, len(PREDICTORS) - 0.5)
-            axes.set_title("burst" if load == BURST else f"load {load}")
-        panels[0].set_ylim(bottom=0)
-        panels[0].set_ylabel("mean completion time over first come's")
-        panels[0].legend()
-        figure.savefig(PICTURE, dpi=140)
-    return PICTURE
-
-
-def _places(rows: Rows, load: str, order: str, number: int) -> Iterator[tuple[float, list[float]]]:
-    for place, known in enumerate(PREDICTORS):
-        if ratios := against(rows, load, order, known):
-            yield place + 0.22 * (number - 1), ratios
+    panels = {}
+    for load in loads:
+        found = {
+            f"{ORDERS[order]}, {PREDICTORS[known]}": Ratio(*interval(ratios), len(ratios))
+            for order, known in ARMS[1:]
+            if len(ratios := against(rows, load, order, known)) > 1
+        }
+        panels["burst" if load == BURST else f"load {load}"] = found
+    return pictures.measured(panels)
 
 
 if __name__ == "__main__":

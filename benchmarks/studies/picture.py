@@ -1,4 +1,4 @@
-"""Pictures of studies: SVGs that are right on light and on dark ground. The README's, of `where`; and of `workers`."""
+"""Pictures: SVGs that are right on light and on dark ground. The README's, of `where` and of `real_gain`; `workers`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from benchmarks.studies.harness import Ratio
 from benchmarks.tail import ROOT
 from loadtest.report.style import BASE, CSS, FOREGROUND, MUTED, SERIES, SIZES, adapt
 
-__all__ = ["draw", "scaling"]
+__all__ = ["draw", "measured", "scaling"]
 
 PATH = ROOT / "docs" / "gain.svg"
 SCALING = ROOT / "docs" / "scaling.svg"
+MEASURED = ROOT / "docs" / "real-gain.svg"
 
 
 def draw(points: Mapping[str, Sequence[tuple[float, Ratio | None]]]) -> Path:
@@ -44,6 +45,32 @@ def draw(points: Mapping[str, Sequence[tuple[float, Ratio | None]]]) -> Path:
             "gain",
             "Mean completion time over first come's, by load: nothing gained at half load, a quarter at 0.95",
         )
+
+
+def measured(panels: Mapping[str, Mapping[str, Ratio]]) -> Path:
+    """Mean completion time over first come's, with 95 % intervals: a panel a load, a line a setting."""
+    settings = list(dict.fromkeys(name for found in panels.values() for name in found))
+    with mpl.rc_context(SIZES):  # type: ignore[arg-type]
+        figure = Figure(figsize=(8.6, 0.42 * len(settings) + 1.3), layout="constrained")
+        for axes, (title, found) in zip(
+            figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0], panels.items(), strict=True
+        ):
+            axes.axvline(1, color=FOREGROUND, lw=1)
+            for name, ratio in found.items():
+                colour = SERIES[0] if name.startswith("ISRTF elastic") else BASE
+                axes.errorbar(
+                    [ratio.mean], [settings.index(name)], xerr=[ratio.half], color=colour, marker="o", ms=5,
+                    capsize=0, lw=0, elinewidth=1.8,
+                )  # fmt: skip
+                axes.text(ratio.mean, settings.index(name) - 0.22, f"{ratio.mean:.2f}", ha="center", fontsize=8.5,
+                          color=FOREGROUND)  # fmt: skip
+            axes.set_yticks(range(len(settings)), settings)
+            axes.set_ylim(len(settings) - 0.5, -0.7)
+            axes.set_xlim(0.4, 1.2)
+            axes.set_title(title)
+        figure.supxlabel("mean completion time over first come's", fontsize=10)
+        alt = "Mean completion time over first come's on a real vLLM, by load and setting, with intervals"
+        return _written(figure, MEASURED, "real-gain", alt)
 
 
 def scaling(peaks: Mapping[str, Sequence[tuple[float, float]]], per_worker: float) -> Path:
