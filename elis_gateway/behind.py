@@ -1,6 +1,8 @@
 """Writing that may block, done by a thread of its own: bounded, in order, in batches.
 
-A pipe that nobody reads and a disk that hangs stop whoever writes to them. The event loop must not be who waits.
+A pipe that nobody reads and a disk that hangs stop whoever writes to them. The event loop must not be who waits. Nor
+for the thread's own work: what waits is a deque, whose operations are atomic, so that neither ever waits for a lock
+the other holds, and a batch is taken in one short stretch.
 
 Knows: queues and threads. Never: what is written, and where.
 """
@@ -8,10 +10,8 @@ Knows: queues and threads. Never: what is written, and where.
 from __future__ import annotations
 
 import threading
-import time
+from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
-from queue import Empty, Full, Queue
 from typing import Generic, TypeVar
 
 __all__ = ["Behind"]
@@ -30,47 +30,57 @@ class Behind(Generic[T]):
     """
 
     def __init__(self, name: str, write: Callable[[list[T], int], None], *, most: int) -> None:
-        self._queue: Queue[T | None] = Queue(most)
+        self._waiting: deque[T | threading.Event] = deque()
+        """Items, and marks that are set when all before them is written."""
+        self._most = most
         self._write = write
         self._lost = 0
+        self._news = threading.Event()
+        """Something waits, or it is the end."""
         self._hurry = threading.Event()
+        """Somebody waits until it is written."""
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def put(self, item: T) -> None:
         """Never waits."""
-        try:
-            self._queue.put_nowait(item)
-        except Full:
+        if len(self._waiting) >= self._most:
             self._lost += 1
+            return
+        self._waiting.append(item)
+        if not self._news.is_set():  # what was set is taken back before what waits is taken
+            self._news.set()
 
     def flush(self, timeout: float) -> bool:
         """Wait until everything is written, at most ``timeout`` seconds; says whether it is."""
-        queue = self._queue
-        with queue.all_tasks_done:
-            return queue.all_tasks_done.wait_for(lambda: not queue.unfinished_tasks, timeout)
+        if self._closed:
+            return self.close(timeout)
+        written = threading.Event()
+        self._waiting.append(written)
+        self._hurry.set()
+        self._news.set()
+        return written.wait(timeout)
 
     def close(self, timeout: float) -> bool:
         """The same, and the last: what comes later is not written."""
+        self._closed = True
         self._hurry.set()
-        end = time.monotonic() + timeout
-        with suppress(Full):
-            self._queue.put(None, timeout=timeout)
-        self._thread.join(max(end - time.monotonic(), 0.0))
+        self._news.set()
+        self._thread.join(timeout)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        ended = False
-        while not ended:
-            taken = [self._queue.get()]
-            with suppress(Empty):
-                while True:
-                    taken.append(self._queue.get_nowait())
+        waiting = self._waiting
+        while waiting or not self._closed:
+            self._news.wait()
+            self._news.clear()
+            taken = [waiting.popleft() for _ in range(len(waiting))]
             lost, self._lost = self._lost, 0
-            batch = [item for item in taken if item is not None]
-            ended = len(batch) < len(taken)
-            if batch:
+            if batch := [item for item in taken if not isinstance(item, threading.Event)]:
                 self._write(batch, lost)
-            for _ in taken:
-                self._queue.task_done()
+            for mark in taken:
+                if isinstance(mark, threading.Event):
+                    mark.set()
             self._hurry.wait(_PAUSE)
+            self._hurry.clear()
