@@ -2,10 +2,11 @@
 
 Knows: sockets, timeouts, aborts, TLS, and which aiohttp or OS exception means what. Never: policies; JSON shapes.
 
-Two clocks guard a call, both without cost per token: the wait for the first byte and the silence between two reads
-share one timer that is set once and, when it fires, looks at when the upstream was last heard (a lazy timer). It looks
-several times before it gives up: a look that comes late was late because this process stood still (a suspended machine,
-a container out of its share), and what the upstream sent meanwhile is yet to be read.
+Two clocks guard a call, both without cost per token: the wait for the first byte and the silence between two reads.
+All calls of an upstream share one timer, which is set for the first that is to be looked at and, when it fires, looks
+at when that one was last heard (a lazy timer). A call is looked at several times before it is given up: a look that
+comes late was late because this process stood still (a suspended machine, a container out of its share), and what the
+upstream sent meanwhile is yet to be read.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from types import TracebackType
@@ -95,6 +96,7 @@ class HttpUpstream:
         self.in_flight = 0
         """Calls that are open."""
         self._timeout = _timeout(settings)
+        self.watch = _Watch()
 
     @property
     def client(self) -> aiohttp.ClientSession:
@@ -124,6 +126,7 @@ class HttpUpstream:
 
     async def close(self) -> None:
         """Close every connection."""
+        self.watch.close()
         if self._client is not None:
             await self._client.close()
             self._client = None
@@ -197,19 +200,62 @@ class HttpUpstream:
         self._timeout = _timeout(settings)
         self.patience.timeouts = settings.timeouts
 
-    async def post(self, call: Call, headers: CIMultiDict[str]) -> aiohttp.ClientResponse:
+    def post(self, call: Call, headers: CIMultiDict[str]) -> Awaitable[aiohttp.ClientResponse]:
         """The head of the answer to a call. Raises what aiohttp raises."""
-        return await self.client.post(
+        return self.client.post(
             self.url(call.path), data=call.body, headers=headers, allow_redirects=False, timeout=self._timeout
         )
+
+
+class _Watch:
+    """Looks at each call that is open when it says it wants to be looked at."""
+
+    __slots__ = ("_calls", "_timer", "_timer_at")
+
+    def __init__(self) -> None:
+        self._calls: set[HttpSession] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = float("inf")
+
+    def add(self, call: HttpSession) -> None:
+        """Look at ``call`` at its ``look_at``, which may be another each time it is added."""
+        self._calls.add(call)
+        if call.look_at < self._timer_at:
+            self._set(call.look_at)
+
+    def discard(self, call: HttpSession) -> None:
+        """Look at it no more; again is fine. The timer stays: most likely another call wants it."""
+        self._calls.discard(call)
+
+    def close(self) -> None:
+        """Look at none any more."""
+        self._calls.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._timer_at = float("inf")
+
+    def _set(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = at
+        self._timer = asyncio.get_running_loop().call_at(at, self._look)
+
+    def _look(self) -> None:
+        at, self._timer, self._timer_at = self._timer_at, None, float("inf")
+        for call in [call for call in self._calls if call.look_at <= at]:
+            self._calls.discard(call)
+            call.look()
+        if self._calls:
+            self._set(min(call.look_at for call in self._calls))
 
 
 class HttpSession:
     """One call over one connection. See ``base.Session``."""
 
     __slots__ = (
-        "_call", "_content", "_decoder", "_done", "_first", "_gap", "_headers", "_heard", "_limit", "_look_at", "_loop",
-        "_request_id", "_response", "_stalled", "_task", "_timer", "_upstream",
+        "_call", "_content", "_decoder", "_done", "_first", "_gap", "_headers", "_heard", "_limit", "_loop",
+        "_request_id", "_response", "_stalled", "_task", "_upstream", "look_at",
     )  # fmt: skip
 
     def __init__(
@@ -227,7 +273,6 @@ class HttpSession:
         self._decoder = EventDecoder()
         self._response: aiohttp.ClientResponse | None = None
         self._content: aiohttp.StreamReader | None = None
-        self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[object] | None = None
         self._loop = asyncio.get_running_loop()
         self._heard = 0.0
@@ -237,7 +282,7 @@ class HttpSession:
         """The longest silence since then."""
         self._limit = first_byte
         """Seconds of silence that are borne; 0: any."""
-        self._look_at = 0.0
+        self.look_at = 0.0
         self._stalled = False
         self._done = False
 
@@ -390,13 +435,11 @@ class HttpSession:
 
     def _look_again(self, now: float, at: float) -> None:
         """At that time, or sooner."""
-        self._look_at = min(at, now + self._limit / _LOOKS)
-        self._timer = self._loop.call_at(self._look_at, self._look)
+        self.look_at = min(at, now + self._limit / _LOOKS)
+        self._upstream.watch.add(self)
 
     def _unwatch(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._upstream.watch.discard(self)
 
     def _hear(self) -> None:
         now = self._loop.time()
@@ -412,9 +455,10 @@ class HttpSession:
         elif silence > self._gap:
             self._gap = silence
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """The time has come to see whether it still gets anywhere."""
         now = self._loop.time()
-        late = now - self._look_at
+        late = now - self.look_at
         if late > self._limit / _LOOKS:
             # We stood still: that was no silence of the upstream's, and what it said then is read before the next look.
             self._heard = min(self._heard + late, now)
@@ -423,7 +467,6 @@ class HttpSession:
         if now < self._heard + self._limit:
             self._look_again(now, self._heard + self._limit)
             return
-        self._timer = None
         self._stalled = True
         if self._task is not None:
             self._task.cancel()
