@@ -459,7 +459,7 @@ class Dispatcher:
                 call.first_token,
                 now,
                 max(answer.attained - call.base, 0),  # where it begins anew, what came before was another call's
-                end.value,
+                end,
                 cause,
                 bool(flight.legs),
                 answer.cached,

@@ -27,7 +27,7 @@ class Leg(NamedTuple):
     tokens: int
     """Kept answer tokens of this slice."""
     end: str
-    """Why it ended: the value of ``SliceEnd``."""
+    """Why it ended: a ``SliceEnd``."""
     cause: str
     continued: bool
     """It was not the job's first."""

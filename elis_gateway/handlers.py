@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from typing import Any, Protocol
 from urllib.parse import unquote
@@ -93,10 +94,7 @@ class Handlers:
         self._body_timeout = body_timeout
         self._loop = asyncio.get_running_loop()
         self._routes: dict[tuple[str, str], Handler] = {
-            ("POST", Route.CHAT.value): self._chat,
-            ("POST", Route.COMPLETIONS.value): self._completions,
-            ("POST", Route.RESPONSES.value): self._responses,
-            ("POST", Route.MESSAGES.value): self._messages,
+            **{("POST", str(route)): partial(self._generate, route) for route in Route},
             ("GET", "/v1/models"): self._models,
             ("GET", "/health"): self._health,
             ("HEAD", "/health"): self._health,
@@ -187,19 +185,7 @@ class Handlers:
 
     # --- generation ----------------------------------------------------------------------------------------------
 
-    async def _chat(self, request: web.BaseRequest) -> web.StreamResponse:
-        return await self._generate(request, Route.CHAT)
-
-    async def _completions(self, request: web.BaseRequest) -> web.StreamResponse:
-        return await self._generate(request, Route.COMPLETIONS)
-
-    async def _responses(self, request: web.BaseRequest) -> web.StreamResponse:
-        return await self._generate(request, Route.RESPONSES)
-
-    async def _messages(self, request: web.BaseRequest) -> web.StreamResponse:
-        return await self._generate(request, Route.MESSAGES)
-
-    async def _generate(self, request: web.BaseRequest, route: Route) -> web.StreamResponse:
+    async def _generate(self, route: Route, request: web.BaseRequest) -> web.StreamResponse:
         headers = request.headers
         grant = self._door.who(headers)
         body = await self._body(request)
@@ -413,7 +399,7 @@ def _headers(request: web.BaseRequest, flight: Flight, content_type: str | None 
         headers["X-Elis-Job"] = flight.spec.id
         # The reason may quote the client's own words, of which line ends must not get into a header.
         reason = "".join(c if c.isprintable() else "?" for c in answer.reason)
-        headers["X-Elis-Sliced"] = f"no; {reason}" if reason else answer.mode.value
+        headers["X-Elis-Sliced"] = f"no; {reason}" if reason else answer.mode
         if flight.first_estimate is not None:
             headers["X-Elis-Estimate"] = f"{flight.first_estimate.remaining:.1f}"
         if flight.job is not None:

@@ -166,7 +166,7 @@ class Intake(Observer):
 
     def finished(self, flight: Flight) -> None:
         """The next turn of this conversation will begin with what we saw of it."""
-        if not flight.answer.finished:
+        if not (flight.request.chat and flight.answer.finished):
             return
         key = flight.request.next_conversation_key(flight.answer.content)
         if key is None:
@@ -232,7 +232,7 @@ def continuation(request: Request, able: Capabilities) -> tuple[Mode, str]:
     What the request's own parameters say to that the answer knows.
     """
     if request.route.foreign:
-        return Mode.WHOLE, request.route.value
+        return Mode.WHOLE, request.route
     if request.chat and (able.chat_parser or not _can_be_parsed(able)):
         return Mode.WHOLE, "chat_parser"
     if able.ids:
@@ -267,8 +267,5 @@ def _readable(header: str) -> str:
 
 
 def _app(request: Request, client_key: str) -> str:
-    digest = hashlib.blake2b(client_key.encode("utf-8", "surrogateescape"), digest_size=8)
-    for part in request.app_parts:
-        digest.update(b"\0")
-        digest.update(part.encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
+    parts = "\0".join(request.app_parts).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(client_key.encode("utf-8", "surrogateescape") + b"\0" + parts, digest_size=8).hexdigest()

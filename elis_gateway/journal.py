@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from elis_gateway.core.job import Job
+from elis_gateway.core.job import Job, JobState
 from elis_gateway.flight import Flight, Observer
 
 __all__ = ["Journal", "story"]
@@ -28,16 +28,16 @@ def story(flight: Flight, now: float) -> dict[str, Any]:
     if job is None:
         return {"job_id": flight.spec.id, "model": flight.spec.model, "state": "new"}
     start = job.arrival
-    waited = job.waited if job.state.value != "ready" else job.waited + now - job.ready_since
+    waited = job.waited if job.state is not JobState.READY else job.waited + now - job.ready_since
     return {
         "job_id": job.id,
         "model": job.spec.model,
         "app": job.spec.app,
         "class": flight.class_name,
-        "state": job.state.value,
-        "outcome": job.outcome.value if job.outcome is not None else None,
+        "state": job.state,
+        "outcome": job.outcome,
         "cause": job.cause,
-        "sliced": f"no; {answer.reason}" if answer.reason else answer.mode.value,
+        "sliced": f"no; {answer.reason}" if answer.reason else answer.mode,
         "tokens": job.attained,
         "limit": job.spec.limit,
         "age": (job.finished if job.finished is not None else now) - start,
@@ -64,7 +64,7 @@ def _facts(flight: Flight, job: Job, finished: float) -> dict[str, Any]:
         "event": "job_end",
         "model": job.spec.model,
         "class": flight.class_name,
-        "outcome": job.outcome.value if job.outcome is not None else None,
+        "outcome": job.outcome,
         "cause": job.cause,
         "tokens": job.attained,
         "jct": round(finished - job.arrival, 6),
@@ -109,7 +109,7 @@ class Journal(Observer):
             finished.popitem(last=False)
         if _log.isEnabledFor(logging.INFO):
             line = (
-                f"request {job.id}: {job.outcome.value}{f' ({job.cause})' if job.cause else ''}, {job.attained} tokens "
+                f"request {job.id}: {job.outcome}{f' ({job.cause})' if job.cause else ''}, {job.attained} tokens "
                 f"in {job.finished - job.arrival:.3f} s, waited {job.waited:.3f} s, {job.slices} slices, "
                 f"{job.preemptions} preemptions"
             )

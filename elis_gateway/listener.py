@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from aiohttp import web, web_protocol
@@ -37,9 +38,7 @@ class Request(web.BaseRequest):
 
     ATTRS = web.BaseRequest.ATTRS | frozenset({"beside"})
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.beside: Mapping[str, str] = {}
+    beside: Mapping[str, str] = MappingProxyType({})
 
     async def _prepare_hook(self, response: web.StreamResponse) -> None:
         """Called when a response's headers are complete: for a server without an application there is no signal."""

@@ -36,7 +36,7 @@ _MEMORY = 600.0
 """Seconds that percentiles look back."""
 _BEYOND = 10
 """Samples that must lie beyond a percentile for it to mean anything."""
-_NOTABLE = {SliceEnd.PREEMPTED.value: "preempted", SliceEnd.INTERRUPTED.value: "broken"}
+_NOTABLE = {SliceEnd.PREEMPTED: "preempted", SliceEnd.INTERRUPTED: "broken"}
 
 
 class _Ended(NamedTuple):
@@ -84,7 +84,7 @@ class Live(Observer):
         job = flight.job
         if job is None or job.outcome is None or job.finished is None:
             return
-        outcome = job.outcome.value
+        outcome = str(job.outcome)
         self._outcomes[outcome] = self._outcomes.get(outcome, 0) + 1
         jct = job.finished - job.arrival
         predicted = None if flight.first_estimate is None else round(flight.first_estimate.remaining)

@@ -30,7 +30,7 @@ _SHORT = (1e-5, 1e-4, 1e-3, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.
 _GAPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
 _TOKENS = (1, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000)
 _COUNTS = (1, 2, 3, 5, 10, 20, 50, 100)
-_WINDOW, _INTERRUPTED = SliceEnd.WINDOW.value, SliceEnd.INTERRUPTED.value
+_WINDOW, _INTERRUPTED = SliceEnd.WINDOW, SliceEnd.INTERRUPTED
 
 
 class Series(NamedTuple):
@@ -272,7 +272,7 @@ class Metrics(Collector, Observer):
         job = flight.job
         if job is None or job.outcome is None or job.finished is None:
             return
-        key = (job.spec.model, flight.class_name, job.outcome.value)
+        key = (job.spec.model, flight.class_name, job.outcome)
         self._jobs[key] = self._jobs.get(key, 0) + 1
         model = self._model(job.spec.model)
         model.wait.observe(job.waited)

@@ -28,7 +28,7 @@ from elis_gateway.flight import Flight, Leg, Observer
 __all__ = ["Tracer"]
 
 _CONTEXT = TraceContextTextMapPropagator()
-_BROKEN = (SliceEnd.INTERRUPTED.value, SliceEnd.FAILED.value)
+_BROKEN = (SliceEnd.INTERRUPTED, SliceEnd.FAILED)
 _NS = 1e9
 
 
@@ -90,7 +90,7 @@ class Tracer(Observer):
             attributes={
                 "elis.job": spec.id,
                 "elis.class": flight.class_name,
-                "http.route": flight.request.route.value,
+                "http.route": flight.request.route,
                 "gen_ai.request.model": spec.model,
                 "elis.sliceable": spec.sliceable,
             },
@@ -134,7 +134,7 @@ class Tracer(Observer):
         span = trace.job
         span.set_attributes(
             {
-                "elis.outcome": job.outcome.value,
+                "elis.outcome": job.outcome,
                 "elis.queue_wait": job.waited,
                 "elis.slices": job.slices,
                 "elis.preemptions": job.preemptions,

@@ -88,7 +88,7 @@ def row(flight: Flight, *, prompts: Prompts, epoch: float) -> Row:
         "model": job.spec.model,
         "app": job.spec.app,
         "class": flight.class_name,
-        "route": flight.request.route.value,
+        "route": flight.request.route,
         "stream": flight.request.stream,
         "prompt": prompt if full else None,
         "prompt_hash": text_hash(prompt) if hashed or full else None,
@@ -113,7 +113,7 @@ def row(flight: Flight, *, prompts: Prompts, epoch: float) -> Row:
         ],
         "preemptions": job.preemptions,
         "prediction_history": flight.estimates,
-        "outcome": (job.outcome or Outcome.FAILED).value,
+        "outcome": job.outcome or Outcome.FAILED,
         "cause": job.cause,
         "finish_reason": answer.finish_reason,
     }

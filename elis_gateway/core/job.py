@@ -5,7 +5,7 @@ Knows: JobSpec, Job, JobState, Outcome, the transition table. Never: wire format
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["Estimate", "Job", "JobSpec", "JobState", "Outcome"]
 
 
-class JobState(Enum):
+class JobState(StrEnum):
     """Who owns the job now: the predictor, the ready queue, an upstream slot, or nobody."""
 
     ESTIMATING = "estimating"
@@ -23,7 +23,7 @@ class JobState(Enum):
     DONE = "done"
 
 
-class Outcome(Enum):
+class Outcome(StrEnum):
     """How a job ended. Low cardinality, a metric label; the cause travels separately."""
 
     COMPLETED = "completed"
@@ -140,4 +140,4 @@ class Job:
         return None if self.finished is None else self.finished - self.arrival
 
     def __repr__(self) -> str:
-        return f"<Job {self.spec.id} {self.state.value} attained={self.attained} slices={self.slices}>"
+        return f"<Job {self.spec.id} {self.state} attained={self.attained} slices={self.slices}>"

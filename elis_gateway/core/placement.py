@@ -212,6 +212,8 @@ class Upstream:
 
     def queued_calls(self) -> list[Running]:
         """Calls waiting in the engine's own queue, the one it starts next first."""
+        if len(self.running) <= self.info.slots:
+            return []  # each has a slot
         started = len(self.running) - len(self.unstarted) - self.closing
         waiting = [r for r in self.unstarted.values() if not r.ending]
         if self.info.orders:

@@ -74,7 +74,7 @@ class Scheduler:
         if spec.conversation is not None:
             job.home = self.room.warm_home(job)
         limit = self.config.queue_limit
-        if limit is not None and self.room.count() >= limit:
+        if limit is not None and len(self.jobs) >= limit and self.room.count() >= limit:
             self._finish(job, Outcome.REJECTED, "queue_full", now)
             return slots.take()
         self.jobs[spec.id] = job
@@ -378,7 +378,7 @@ class Scheduler:
         those of others beside it."""
         pool = job.pool
         seams = (job.seams * self.room.seam_tokens + job.preemptions * _HALF_DONE) * pool.seconds_per_token
-        stalls = job.disturbed * pool.stall.value
+        stalls = job.disturbed * pool.stall.value if job.disturbed else 0.0
         pool.shadow.over(job, max(job.served - seams - stalls, 0.0))
 
     def _stranded_at(self, job: Job) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import NamedTuple
 
 from elis_gateway.core.job import Job
@@ -10,7 +10,7 @@ from elis_gateway.core.job import Job
 __all__ = ["Slice", "SliceEnd", "SliceResult"]
 
 
-class SliceEnd(Enum):
+class SliceEnd(StrEnum):
     """Why a slice ended; decides what becomes of its job."""
 
     FINISHED = "finished"

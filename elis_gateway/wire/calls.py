@@ -39,8 +39,8 @@ def own(request: Request, model: str, priority: int | None) -> Call:
     if request.route is Route.MESSAGES:
         priority = None  # Anthropic's has no such field
     if model == body.get("model") and priority is None and "priority" not in body:
-        return Call(request.route.value, request.raw, request.stream)
-    return Call(request.route.value, orjson.dumps(_ours(body, model, priority)), request.stream)
+        return Call(request.route, request.raw, request.stream)
+    return Call(request.route, orjson.dumps(_ours(body, model, priority)), request.stream)
 
 
 def first(
@@ -64,7 +64,7 @@ def first(
             body["min_tokens"] = limit
     _streamed(body, request, ids, counts)
     _stops(body, request, whole_stops)
-    return Call(request.route.value, orjson.dumps(body), True)
+    return Call(request.route, orjson.dumps(body), True)
 
 
 def by_ids(
@@ -95,7 +95,7 @@ def by_ids(
     elif request.wants_ids or way is Way.THOUGHTS:
         body["return_token_ids"] = True
     _stops(body, request, whole_stops)
-    return Call((Route.CHAT if chat else Route.COMPLETIONS).value, orjson.dumps(body), stream)
+    return Call(Route.CHAT if chat else Route.COMPLETIONS, orjson.dumps(body), stream)
 
 
 def by_text(request: Request, model: str, priority: int | None, limit: int | None, text: str, attained: int) -> Call:
@@ -113,7 +113,7 @@ def by_text(request: Request, model: str, priority: int | None, limit: int | Non
         _limits(body, request.body, limit, attained)
     _streamed(body, request, False)
     _stops(body, request, False)
-    return Call(request.route.value, orjson.dumps(body), True)
+    return Call(request.route, orjson.dumps(body), True)
 
 
 def detokenize(model: str, tokens: Sequence[int | str]) -> Call:

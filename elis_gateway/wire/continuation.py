@@ -218,7 +218,8 @@ class Answer(Reading):
         self.cached = None
         self._asked = asked
         self._start = self.attained
-        self._stream = WholeStream(self.request, self._encoder)
+        if self.mode is Mode.WHOLE:
+            self._stream = WholeStream(self.request, self._encoder)
         self._foreign = self._encoder.name is not None
         self._first = self._same = True
         self._restart = ""
@@ -262,6 +263,7 @@ class Answer(Reading):
 
     def _go_whole(self, reason: str) -> None:
         self.mode = Mode.WHOLE
+        self._stream = WholeStream(self.request, self._encoder)
         self.reason = reason
         self.attained = self._thoughts = 0
         self._thinking = self._alone = self._last = False
@@ -364,5 +366,5 @@ class Answer(Reading):
         """The last event of a stream that cannot go on: never a silent clean end."""
         body = error_body(error)
         if self.request.route.foreign and isinstance(body["error"], dict):
-            return foreign.failure(self.request.route.value, {"message": str(error), **body["error"]})
+            return foreign.failure(self.request.route, {"message": str(error), **body["error"]})
         return encode(orjson.dumps(body))

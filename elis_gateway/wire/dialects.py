@@ -6,7 +6,7 @@ Knows: per engine, the calls to make and where a delta's tokens stand. Never: wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import Any, Protocol
 
 from elis_gateway.wire import calls
@@ -30,7 +30,7 @@ Delta = tuple[Sequence[int | str], int]
 """A delta's tokens as a continuation's prompt needs them, and how many tokens of the engine they are."""
 
 
-class Mode(Enum):
+class Mode(StrEnum):
     """How an answer is continued after a seam."""
 
     IDS = "ids"

@@ -7,7 +7,8 @@ ranges, context length and everything else are the engine's to refuse, in its ow
 from __future__ import annotations
 
 from collections.abc import Iterable
-from enum import Enum
+from enum import StrEnum
+from functools import cached_property
 from hashlib import blake2b
 from typing import Any
 
@@ -24,7 +25,7 @@ _DEPTH = 200
 """orjson reads documents of 1024 levels and writes only about 250; with fewer brackets than this none is that deep."""
 
 
-class Route(Enum):
+class Route(StrEnum):
     """The endpoints whose answers we can schedule by length."""
 
     CHAT = "/v1/chat/completions"
@@ -32,7 +33,7 @@ class Route(Enum):
     RESPONSES = "/v1/responses"
     MESSAGES = "/v1/messages"
 
-    @property
+    @cached_property
     def foreign(self) -> bool:
         """Its answers are relayed as they come (``wire.foreign``)."""
         return self in (Route.RESPONSES, Route.MESSAGES)
@@ -86,7 +87,7 @@ class Request:
     def prompt_text(self) -> str:
         """What a length predictor reads: the last user turn, or the prompt. Token-id prompts have no text."""
         if self.route.foreign:
-            return foreign.asked_text(self.route.value, self.body)[0]
+            return foreign.asked_text(self.route, self.body)[0]
         if not self.chat:
             prompt = self.body.get("prompt")
             if isinstance(prompt, list):
@@ -104,10 +105,10 @@ class Request:
             _text(message) for message in self._messages() if message.get("role") in ("system", "developer")
         )
         if self.route.foreign:
-            system = foreign.asked_text(self.route.value, self.body)[1]
+            system = foreign.asked_text(self.route, self.body)[1]
         shape = [self.body.get(name) for name in ("tools", "response_format")]
         return (
-            self.route.value,
+            self.route,
             system,
             orjson.dumps(shape, option=orjson.OPT_SORT_KEYS).decode() if any(shape) else "",
             "" if self.max_tokens is None else str(self.max_tokens),
@@ -165,7 +166,7 @@ def _can_be_written(parsed: dict[str, Any]) -> bool:
 def _limit(body: dict[str, Any], route: Route) -> int | None:
     """``max_completion_tokens`` goes before ``max_tokens`` in chat and does not exist in completions."""
     value = body.get("max_completion_tokens") if route is Route.CHAT else None
-    value = body.get(foreign.LIMITS.get(route.value, "max_tokens")) if value is None else value
+    value = body.get(foreign.LIMITS.get(route, "max_tokens")) if value is None else value
     return value if type(value) is int and value >= 1 else None
 
 

@@ -92,6 +92,7 @@ class Reading:
     _start: int
     """Kept tokens when it began."""
     _stream: WholeStream
+    """Only where it is relayed (``mode`` is WHOLE)."""
     _first: bool
     """It reads the client's own request."""
     _same: bool
