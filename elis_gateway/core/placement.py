@@ -92,8 +92,8 @@ class Upstream:
     """One upstream's slots, its slices in flight, and the jobs whose prefix it has cached."""
 
     __slots__ = (
-        "_victims", "begun", "closing", "continued", "ending", "free", "full", "info", "pools", "queue", "running",
-        "settling", "unstarted",
+        "_victims", "begun", "closing", "continued", "ending", "free", "full", "info", "lined_up", "pools", "queue",
+        "running", "settling", "unstarted",
     )  # fmt: skip
 
     def __init__(self, info: UpstreamInfo) -> None:
@@ -113,6 +113,8 @@ class Upstream:
         """All slices that were told to end, those still in the engine's queue too."""
         self.unstarted: dict[int, Running] = {}
         """Slices sent whose first token has not come: in prefill, or in the engine's own queue."""
+        self.lined_up: dict[int, Running] = {}
+        """Those of them that were sent to the engine's own queue and have not been seen to get a slot since."""
         self.continued = 0
         """Continuations that have got a slot here, ever."""
         self.begun = 0
@@ -136,7 +138,9 @@ class Upstream:
         self.free -= 1
         calls = self.running
         calls[running.id] = self.unstarted[running.id] = running
-        if not running.queued:
+        if running.queued:
+            self.lined_up[running.id] = running
+        else:
             self.seated(running)
             running.calm = self.continued  # its own beginning disturbs the others, not itself
         self.full = len(calls) >= self.info.slots
@@ -150,15 +154,17 @@ class Upstream:
         del calls[slice_id]
         self.full = len(calls) >= self.info.slots
         unstarted = self.unstarted.pop(slice_id, None) is not None
+        self.lined_up.pop(slice_id, None)
         if running.ending:
             self.ending -= 1
             self.closing -= not unstarted
 
     def passes_on(self, now: float) -> None:
         """A slot has come free: in the engine's own queue, whoever is first gets it."""
-        waiting = [r for r in self.unstarted.values() if r.queued and r.slot_at is None and not r.ending]
+        waiting = [r for r in self.lined_up.values() if not r.ending]
         if waiting:
             first = min(waiting, key=lambda r: (r.slice.priority, r.id)) if self.info.orders else waiting[0]
+            del self.lined_up[first.id]
             first.slot_at = now
             self.seated(first)
 

@@ -222,6 +222,7 @@ class Slots:
         running.started = True
         upstream, job = running.upstream, running.job
         upstream.unstarted.pop(running.id, None)
+        upstream.lined_up.pop(running.id, None)
         settled, upstream.settling = upstream.settling, False
         if running.ending:
             upstream.closing += 1

@@ -10,7 +10,7 @@ Knows: names, harmless values, what each way of continuing keeps. Never: how a r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import Any, NamedTuple
 
 from elis_gateway.wire.thoughts import Thinking
@@ -18,7 +18,7 @@ from elis_gateway.wire.thoughts import Thinking
 __all__ = ["CARRIED", "PARAMETERS", "Kind", "Parameter", "Way", "alone_at_last", "carried", "unsliceable"]
 
 
-class Way(Enum):
+class Way(StrEnum):
     """By what means an answer would go on after a seam."""
 
     IDS = "ids"
@@ -231,6 +231,12 @@ _NOT_BY_TEXT = frozenset({"truncate_prompt_tokens", "continue_final_message"})
 """What would be done to the answer too, where it is sent back as a part of the prompt."""
 
 
+_HARMLESS = {way: frozenset(row.name for row in PARAMETERS.values() if row.kind is not Kind.ALONE) for way in Way}
+_HARMLESS[Way.TEXT] -= _NOT_BY_TEXT
+_HARMLESS[Way.LLAMA] |= _LLAMA_CARRIED
+"""What is no reason for one call, whatever its value, by how an answer would go on."""
+
+
 _PARSER_CARRIED = frozenset({"chat_template_kwargs", "reasoning_effort", "tools", "tool_choice", "parallel_tool_calls"})
 """What a parser is made with, beside what acts on every token."""
 
@@ -272,15 +278,14 @@ def unsliceable(body: Mapping[str, Any], chat: bool, way: Way, thinking: Thinkin
     ``thinking``: what is known of the engine's reasoning parser.
     """
     later = _AFTER_THOUGHTS if way is Way.THOUGHTS and thinking is not None and thinking.waits else frozenset[str]()
+    harmless = _HARMLESS[way]
     for name, value in body.items():
-        if value is None:
+        if name in harmless or value is None:
             continue
         row = PARAMETERS.get(name)
         if row is None:
-            if way is Way.LLAMA and name in _LLAMA_CARRIED:
-                continue
             return f"unknown parameter {name[:60]}"
-        if way is Way.TEXT and name in _NOT_BY_TEXT and value is not False:
+        if name in _NOT_BY_TEXT and value is not False:
             return name
         if row.kind is Kind.ALONE and name not in later and not (row.idle is not None and row.idle(value)):
             return name
@@ -386,6 +391,8 @@ def _told(body: Mapping[str, Any], chat: bool, way: Way) -> str | None:
         return "stream_options"
     if body.get("return_token_ids") and way is Way.LLAMA:
         return "return_token_ids"  # not its own, so it tells none
+    if _LOGPROBS.isdisjoint(body):
+        return None
     asked = [name for name in _LOGPROBS if body.get(name) is not None and not _zero(body[name])]
     if chat:
         if not asked:
