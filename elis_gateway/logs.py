@@ -117,6 +117,8 @@ def _add_job(record: logging.LogRecord) -> bool:
 def _extra(record: logging.LogRecord) -> dict[str, Any]:
     """What the caller passed as ``extra``."""
     fields = vars(record)
+    if fields.keys() <= _STANDARD:
+        return {}
     return {key: fields[key] for key in fields.keys() - _STANDARD}
 
 

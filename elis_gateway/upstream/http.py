@@ -317,7 +317,9 @@ class HttpSession:
         if kind is not None or not self._done:
             self._abort()
             return
-        await self._settle()
+        if self._content is not None and not self._content.at_eof():
+            await self._read_on()
+        self._release()
 
     def __aiter__(self) -> Self:
         return self
@@ -400,24 +402,23 @@ class HttpSession:
 
     # --- ending --------------------------------------------------------------------------------------------------
 
-    async def _settle(self) -> None:
+    async def _read_on(self) -> None:
         """The last event has come: read on to the end of the body, so that the connection goes back to the pool."""
-        response, content = self._response, self._content
-        assert response is not None
-        assert content is not None
-        if not content.at_eof():
-            try:
-                async with asyncio.timeout(_SETTLE):
-                    while await content.readany():
-                        pass
-            except (TimeoutError, aiohttp.ClientError, OSError):
-                self._abort()
-                return
-            except asyncio.CancelledError:
-                self._abort()
-                raise
-        response.release()
-        self._response = None
+        assert self._content is not None
+        try:
+            async with asyncio.timeout(_SETTLE):
+                while await self._content.readany():
+                    pass
+        except (TimeoutError, aiohttp.ClientError, OSError):
+            self._abort()
+        except asyncio.CancelledError:
+            self._abort()
+            raise
+
+    def _release(self) -> None:
+        response, self._response = self._response, None
+        if response is not None:
+            response.release()
 
     def _abort(self) -> None:
         self._unwatch()
@@ -451,7 +452,8 @@ class HttpSession:
             self._unwatch()
             if self._content is not None and not self._content.at_eof():
                 self._watch(self._upstream.patience.inter_token())
-            self._upstream.begun()
+            if self._call.stream:  # what comes in one piece is over before it would matter
+                self._upstream.begun()
         elif silence > self._gap:
             self._gap = silence
 
