@@ -36,7 +36,7 @@ _MEMORY = 600.0
 """Seconds that percentiles look back."""
 _BEYOND = 10
 """Samples that must lie beyond a percentile for it to mean anything."""
-_NOTABLE = {SliceEnd.PREEMPTED: "preempted", SliceEnd.INTERRUPTED: "broken"}
+_NOTABLE: dict[str, str] = {SliceEnd.PREEMPTED: "preempted", SliceEnd.INTERRUPTED: "broken"}
 
 
 class _Ended(NamedTuple):
