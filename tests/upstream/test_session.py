@@ -238,6 +238,39 @@ def test_standing_still_ourselves_is_no_silence_of_the_upstream_s(at: float, sta
     run_local(story())
 
 
+def test_each_of_several_calls_is_given_up_when_it_has_been_silent_for_long_enough() -> None:
+    """They share a timer: one that stalls ends at its own time, before one that fell silent later, while a third,
+    which goes on, is left alone, and the timer is for calls alone that are still open."""
+
+    async def story() -> None:
+        loop = asyncio.get_running_loop()
+        reports: list[UpstreamError] = []
+        given_up: list[float] = []
+        began = loop.time()
+
+        async def fails(upstream: HttpUpstream) -> None:
+            with pytest.raises(UpstreamUnavailable, match=r"nothing heard for 0\.5 s"):
+                await _tokens(upstream, call(200))
+            given_up.append(loop.time() - began)
+
+        async with SimServer(replace(paced(100), stride=None)) as engine:
+            upstream = await _http(engine, reports, timeouts={"first_byte": 1.0, "inter_token": 0.5})
+            engine.faults.add(Fault("stall", after=2))
+            first = spawn(fails(upstream), name="first")
+            await asyncio.sleep(0.3)
+            goes_on = spawn(_tokens(upstream, call(200)), name="goes on")
+            await asyncio.sleep(0.1)
+            engine.faults.add(Fault("stall", after=2))
+            second = spawn(fails(upstream), name="second")
+            await asyncio.gather(first, second)
+            assert given_up == [pytest.approx(0.53, abs=0.05), pytest.approx(0.93, abs=0.05)]
+            assert await goes_on == 200
+            assert len(reports) == 2
+            await upstream.close()
+
+    run_local(story())
+
+
 @pytest.mark.parametrize(
     ("said", "least", "most"),
     [
