@@ -21,7 +21,7 @@ reached, with an interval by jackknife over models or seeds. Learned answers are
 *The published method* (``--published``, on its own, since every window of every answer has to be encoded: tens of
 milliseconds each): fixed windows, prompt and partial answer re-scored after each, 30 ms of virtual time every time;
 beside it fixed windows with perfect knowledge, and its model's estimates under elastic windows. What it said is kept in
-a file, so that an interrupted run goes on.
+a file, so that an interrupted run goes on; the output says which workloads are in it so far.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import random
 import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import exp, sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -398,8 +399,8 @@ def completion(shipped: Shipped, units: Units, learned: Sequence[int], jobs_per_
     return {count: summary(arms, perfect) for count, arms in ratios.items()}
 
 
-def published(units: Units, said: Says, jobs_per_run: int, what: str, done: Callable[[], None]) -> dict[str, Any]:
-    """The same workloads as ``completion``'s, which has the other arms."""
+def published(units: Units, said: Says, jobs_per_run: int, what: str, done: Callable[[dict[str, Any]], None]) -> None:
+    """The same workloads as ``completion``'s, which has the other arms; ``done`` is given what is known after each."""
     ratios: dict[str, list[float]] = defaultdict(list)
     for name, (_, asked) in units.items():
         jobs, answers = workload(asked, jobs_per_run, f"{what} {name}")
@@ -408,9 +409,8 @@ def published(units: Units, said: Says, jobs_per_run: int, what: str, done: Call
         for arm, (kind, mode) in PUBLISHED.items():
             predictor = Frozen(kind, answers, published=said)
             ratios[arm].append(mean_jct("isrtf", "mean", jobs, predictor, dropped, mode) / base)
-        done()
         print(f"{what}: {name} done: {', '.join(f'{arm} {runs[-1]:.2f}' for arm, runs in ratios.items())}", flush=True)
-    return summary(ratios, ratios["perfect, ISRTF"])
+        done({"of": list(units)[: len(ratios["perfect, ISRTF"])], **summary(ratios, ratios["perfect, ISRTF"])})
 
 
 def summary(arms: dict[str, list[float]], perfect: list[float]) -> dict[str, Any]:
@@ -428,9 +428,10 @@ def share(runs: list[float], perfect: list[float]) -> list[float]:
 
     everything = range(len(runs))
     value = of(everything)
+    if len(runs) < 2:
+        return [round(value, 3), 0.0]
     left_out = [of([i for i in everything if i != j]) for j in everything]
-    spread = stdev(left_out) * (len(runs) - 1) / sqrt(len(runs)) if len(runs) > 1 else 0.0
-    return [round(value, 3), round(1.75 * spread, 3)]
+    return [round(value, 3), round(1.75 * stdev(left_out) * (len(runs) - 1) / sqrt(len(runs)), 3)]
 
 
 def one_application(answers: Sequence[Answer], split: str) -> Any:
@@ -483,10 +484,16 @@ def main() -> None:
     one, six = one_application(answers, asked.split), six_applications(answers, asked.split, 3 * asked.seeds)
     if asked.published:
         model = Published(folder_of(asked.model or "elis-paper"), asked.kept)
+
+        def keep(name: str, found: dict[str, Any]) -> None:
+            model.save()
+            result[name] = found
+            if asked.output:
+                asked.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
         for part, name, units in (("one", "one application", one), ("six", "six applications", six)):
             if part in asked.parts:
-                result[name] = published(units, model, asked.jobs, part, model.save)
-        write(result, asked.output)
+                published(units, model, asked.jobs, part, partial(keep, name))
         return
     shipped = Shipped(folder_of(asked.model), asked.embeddings)
     shipped.encode(answers)
