@@ -59,6 +59,9 @@ _ERROR_BODY_LIMIT = 1024 * 1024
 _ANSWER_LIMIT = 256 * 1024 * 1024
 _LOOKS = 4
 """Looks at a call in the longest silence that is borne."""
+_APART = 0.02
+"""Seconds between two looks of one timer, at least: each goes through all calls to find those whose turn it is, and of
+thousands there would be one every millisecond."""
 _SETTLE = 1.0
 """Seconds to wait after the last event for the end of the body, so that the connection can be used again."""
 
@@ -247,7 +250,8 @@ class _Watch:
             self._calls.discard(call)
             call.look()
         if self._calls:
-            self._set(min(call.look_at for call in self._calls))
+            soonest = asyncio.get_running_loop().time() + _APART
+            self._set(max(min(call.look_at for call in self._calls), soonest))
 
 
 class HttpSession:
