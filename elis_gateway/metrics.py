@@ -255,7 +255,11 @@ class Metrics(Collector, Observer):
         model.tokens += leg.tokens
         if leg.end == _WINDOW and leg.tokens:
             model.windows += 1
-        if leg.continued and (broken := flight.legs[-2]).end == _INTERRUPTED:
+        if (
+            leg.continued
+            and (broken := flight.legs[-2]).end == _INTERRUPTED
+            and (broken.upstream, _INTERRUPTED) in self._ends  # else it was removed since, and is forgotten
+        ):
             self._failovers[broken.upstream] = self._failovers.get(broken.upstream, 0) + 1
         if leg.cause:
             key = (leg.upstream, leg.cause)

@@ -80,6 +80,27 @@ async def test_upstreams_come_and_go_while_serving() -> None:
         await until(lambda: w.gateway.core.upstreams[gone].info.slots == 4)
 
 
+async def test_an_upstream_that_broke_and_was_removed_is_not_counted_when_its_answer_ends_elsewhere() -> None:
+    """Machines that die take their calls with them: the metrics hear of the failover when its next call is over."""
+    async with world(paced(300), paced(300)) as w:
+        for engine in w.engines:
+            engine.faults.add(Fault("close", after=100))
+        async with w.post(COMPLETIONS, BODY) as response:
+            data = await read_until(response, 5)
+            running = w.gateway.core.running
+            (gone,) = (name for name in names(w) if running(name))
+            (other,) = (name for name in names(w) if name != gone)
+            next(e for e in w.engines if e.url.endswith(other)).faults.rules.clear()
+            await until(lambda: running(other) == 1)
+            assert (await admin(w, "DELETE", f"/admin/upstreams/{gone}"))[0] == 200
+            await until(lambda: gone not in names(w))
+            data += await response.content.read()
+        assert w.checker.check(COMPLETIONS, BODY, of_stream(payloads(data))) == []
+        await until(lambda: bool(w.gateway.journal.recent(1)))
+        assert len(w.gateway.journal.recent(1)[0]["slices"]) >= 2
+        assert gone.encode() not in w.gateway.render_metrics()
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body"),
     [
