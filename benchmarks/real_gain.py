@@ -452,15 +452,15 @@ def picture(rows: Rows, loads: Sequence[str]) -> Path:
     """Mean completion time over first come's, in steps. One draw has no interval, and is not drawn."""
     from benchmarks.studies import picture as pictures
 
+    names = {(order, known): f"{ORDERS[order]}, {PREDICTORS[known]}" for order, known in ARMS[1:]}
     panels = {}
     for load in loads:
-        found = {
-            f"{ORDERS[order]}, {PREDICTORS[known]}": Ratio(*interval(ratios), len(ratios))
-            for order, known in ARMS[1:]
-            if len(ratios := against(rows, load, order, known)) > 1
+        panels["burst" if load == BURST else f"load {load}"] = {
+            name: Ratio(*interval(ratios), len(ratios))
+            for arm, name in names.items()
+            if len(ratios := against(rows, load, *arm)) > 1
         }
-        panels["burst" if load == BURST else f"load {load}"] = found
-    return pictures.measured(panels)
+    return pictures.measured(panels, list(names.values()))
 
 
 if __name__ == "__main__":

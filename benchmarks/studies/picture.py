@@ -47,9 +47,9 @@ def draw(points: Mapping[str, Sequence[tuple[float, Ratio | None]]]) -> Path:
         )
 
 
-def measured(panels: Mapping[str, Mapping[str, Ratio]]) -> Path:
-    """Mean completion time over first come's, with 95 % intervals: a panel a load, a line a setting."""
-    settings = list(dict.fromkeys(name for found in panels.values() for name in found))
+def measured(panels: Mapping[str, Mapping[str, Ratio]], order: Sequence[str]) -> Path:
+    """Mean completion time over first come's, with 95 % intervals: a panel a load, a line a setting, in that order."""
+    settings = [name for name in order if any(name in found for found in panels.values())]
     with mpl.rc_context(SIZES):  # type: ignore[arg-type]
         figure = Figure(figsize=(8.6, 0.42 * len(settings) + 1.3), layout="constrained")
         for axes, (title, found) in zip(
