@@ -22,6 +22,7 @@ __all__ = ["AppRunner", "Listener", "Request", "sign"]
 
 _log = logging.getLogger("elis_gateway.listener")
 _MALFORMED = (web_protocol.RequestPayloadError, HttpProcessingError)
+_NAME = "elis-gateway"
 
 
 async def sign(request: web.BaseRequest, response: web.StreamResponse) -> None:
@@ -30,7 +31,7 @@ async def sign(request: web.BaseRequest, response: web.StreamResponse) -> None:
     What a relayed answer says of its engine stays.
     """
     if response.headers.get("Server") == SERVER_SOFTWARE:
-        response.headers["Server"] = "elis-gateway"
+        response.headers["Server"] = _NAME
 
 
 class Request(web.BaseRequest):
@@ -187,7 +188,8 @@ class _Connection(web.RequestHandler):
             raise ConnectionError("part of a response is out, an error cannot follow it")
         self._refused(reason(error))
         answer = problem(error)
-        response = web.Response(status=answer.status, body=answer.body, headers=answer.headers)
+        # An application's signals are not sent for a request that never got to it.
+        response = web.Response(status=answer.status, body=answer.body, headers={**answer.headers, "Server": _NAME})
         response.force_close()
         return response
 
