@@ -231,12 +231,11 @@ class _Watch:
         self._calls.discard(call)
 
     def close(self) -> None:
-        """Look at none any more."""
-        self._calls.clear()
-        if self._timer is not None:
+        """Wait for no call to come. One that is open still is given up in its time: nothing else would wake it."""
+        if self._timer is not None and not self._calls:
             self._timer.cancel()
             self._timer = None
-        self._timer_at = float("inf")
+            self._timer_at = float("inf")
 
     def _set(self, at: float) -> None:
         if self._timer is not None:
