@@ -106,8 +106,8 @@ def try_files(settings: config.Config) -> None:
 
 
 def _nobody_to_ask() -> str:
-    """OpenSSL would ask the terminal, and wait."""
-    raise ConfigError("tls: the private key is encrypted; expected one without a passphrase")
+    """OpenSSL would ask the terminal, and wait. Raises OSError, as it does for what else is wrong with a file."""
+    raise OSError("the private key is encrypted; expected one without a passphrase")
 
 
 def _here(*files: Path | None) -> bool:

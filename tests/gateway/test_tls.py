@@ -118,4 +118,4 @@ def test_nobody_is_asked_for_the_passphrase_of_a_key(certificates: Path, tmp_pat
     subprocess.run(made, check=True, capture_output=True)
     tls = {"cert": str(certificates / "one.pem"), "key": str(locked)}
     status, said = checked(tmp_path / "c.yaml", server={"tls": tls})
-    assert (status, "encrypted" in said) == (2, True), said
+    assert (status, f"{locked}: the private key is encrypted" in said) == (2, True), said
