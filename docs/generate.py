@@ -1,4 +1,4 @@
-"""Write docs/configuration.md and config/example.yaml from the descriptions in elis_gateway/config.py.
+"""Write docs/configuration.md and config/example.yaml from the descriptions in elis_gateway/config/.
 
     python docs/generate.py
 
@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from elis_gateway.config import Config, Upstream
-from elis_gateway.config_explain import members
+from elis_gateway.config.explain import members
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs" / "configuration.md"
@@ -97,7 +97,7 @@ key.
 Every key can be overridden by environment: `ELIS__SCHEDULER__WINDOW=25`, `ELIS__UPSTREAMS__0__URL=http://engine:8000`.
 Values are YAML; a number indexes a list. Durations are seconds, lengths tokens, sizes bytes.
 
-Written by `docs/generate.py` from the descriptions in `elis_gateway/config.py`; `config/example.yaml` holds every key
+Written by `docs/generate.py` from the descriptions in `elis_gateway/config/`; `config/example.yaml` holds every key
 with its default.
 """
 

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from elis_gateway import config
-from elis_gateway.config_explain import explain
+from elis_gateway.config.explain import explain
 from elis_gateway.core.policy import Aging, Policy, make_policy
 from elis_gateway.core.scheduler import SchedulerConfig
 from elis_gateway.errors import ConfigError
