@@ -15,7 +15,8 @@ import orjson
 from elis_gateway.errors import UpstreamError, UpstreamRefused, UpstreamUnavailable
 from elis_gateway.upstream.base import Capabilities
 from elis_gateway.upstream.gauges import engines_behind, most_at_once
-from elis_gateway.upstream.http import HttpSession, HttpUpstream
+from elis_gateway.upstream.http import HttpUpstream
+from elis_gateway.upstream.session import HttpSession
 from elis_gateway.wire.continuation import Call
 from elis_gateway.wire.loose import document, entries, fields, first, objects
 from elis_gateway.wire.thoughts import Count, Thinking, between

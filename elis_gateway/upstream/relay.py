@@ -18,16 +18,8 @@ from multidict import CIMultiDict
 
 from elis_gateway.errors import ClientError, Forbidden, ModelNotFound, Overloaded, UpstreamError, UpstreamRefused
 from elis_gateway.upstream.fleet import Fleet
-from elis_gateway.upstream.http import (
-    CREDENTIALS,
-    RANK,
-    HttpUpstream,
-    abort,
-    foreign_refusal,
-    read_body,
-    retry_after,
-    unavailable,
-)
+from elis_gateway.upstream.http import CREDENTIALS, RANK, HttpUpstream
+from elis_gateway.upstream.responses import abort, foreign_refusal, read_body, retry_after, unavailable
 
 __all__ = ["Relay"]
 

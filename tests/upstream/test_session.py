@@ -25,7 +25,9 @@ from elis_gateway.sim.faults import Fault
 from elis_gateway.sim.server import SimServer
 from elis_gateway.tasks import spawn
 from elis_gateway.upstream.base import Upstream
-from elis_gateway.upstream.http import HttpSession, HttpUpstream, retry_after
+from elis_gateway.upstream.http import HttpUpstream
+from elis_gateway.upstream.responses import retry_after
+from elis_gateway.upstream.session import HttpSession
 from elis_gateway.wire.continuation import Call
 from elis_gateway.wire.problems import problem
 from elis_gateway.wire.sse import DONE
