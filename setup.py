@@ -1,5 +1,6 @@
 """Everything stands in pyproject.toml but one choice: ELIS_GATEWAY_COMPILE=1 makes C extensions (mypyc; a C compiler is
-needed) of the scheduler core and the simulator. The same source either way; without it everything is plain Python."""
+needed) of the scheduler core, the simulator and what every request goes through. The same source either way; without
+it everything is plain Python."""
 
 from __future__ import annotations
 
@@ -8,12 +9,16 @@ import sys
 
 from setuptools import setup
 
-CORE = "actions admission dials job lengths placement policy ready scheduler shadow slice slots waiting"
-COMPILED = [
-    *(f"elis_gateway/core/{name}.py" for name in CORE.split()),
-    "elis_gateway/sim/engine.py",
-    "elis_gateway/sim/simulator.py",
-]
+MODULES = {
+    "": "access channel dispatcher estimator flight handlers intake journal live party tasks",
+    "core/": "actions admission dials job lengths placement policy ready scheduler shadow slice slots waiting",
+    "predictor/": "features gittins spread",
+    "sim/": "engine simulator",
+    "upstream/": "patience session",
+    "wire/": "calls continuation dialects encode foreign ledger llamacpp logprobs loose openai parameters problems "
+    "reading several shapes sse stops thoughts whole",
+}
+COMPILED = [f"elis_gateway/{folder}{name}.py" for folder, names in MODULES.items() for name in names.split()]
 
 wanted = os.environ.get("ELIS_GATEWAY_COMPILE", "0") not in ("", "0")
 extensions = []

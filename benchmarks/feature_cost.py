@@ -71,7 +71,8 @@ def stub() -> Iterator[int]:
 
 
 @contextmanager
-def gateway(folder: Path, engine: int, features: tuple[str, ...]) -> Iterator[Gateway]:
+def gateway(folder: Path, engine: int, features: tuple[str, ...], tree: Path | None = None) -> Iterator[Gateway]:
+    """``tree``: where the gateway's package is, if not where this script's is."""
     port = free_port()
     settings: dict[str, Any] = {
         "server": {"host": "127.0.0.1", "port": port},
@@ -85,7 +86,9 @@ def gateway(folder: Path, engine: int, features: tuple[str, ...]) -> Iterator[Ga
     path = folder / f"{port}.json"
     path.write_text(json.dumps(settings))
     with (folder / "log").open("ab") as log:
-        process = subprocess.Popen([sys.executable, "-m", "elis_gateway", "serve", str(path)], stdout=log, stderr=log)
+        command = [sys.executable, "-m", "elis_gateway", "serve", str(path)]
+        environment = None if tree is None else {**os.environ, "PYTHONPATH": str(tree)}
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tree, env=environment)
     try:
         wait_for(port, "/ready")
         yield Gateway(port, process)

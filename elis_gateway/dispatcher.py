@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 from elis_gateway.core.actions import Abort, Action, AskEstimate, Finish, Preempt, Run
+from elis_gateway.core.compiled import mypyc_attr
 from elis_gateway.core.job import Estimate, Job, Outcome
 from elis_gateway.core.placement import UpstreamInfo
 from elis_gateway.core.policy import Policy
@@ -96,6 +97,7 @@ class _Call:
             self.task.cancel()
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Dispatcher:
     """Runs jobs. One per gateway; lives on one event loop."""
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from elis_gateway.channel import Channel
+from elis_gateway.core.compiled import mypyc_attr
 from elis_gateway.core.job import Estimate, Job, JobSpec
 from elis_gateway.errors import GatewayError
 from elis_gateway.wire.continuation import Answer
@@ -94,6 +95,7 @@ class Flight:
         return self
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Observer:
     """Told of what happened, never asked: metrics, the traffic log, the log. Override what you want to hear."""
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from elis_gateway.core.compiled import mypyc_attr
 from elis_gateway.core.job import Job, JobState
 from elis_gateway.flight import Flight, Observer
 
@@ -76,6 +77,7 @@ def _facts(flight: Flight, job: Job, finished: float) -> dict[str, Any]:
     }
 
 
+@mypyc_attr(native_class=False)
 class _Line(logging.LogRecord):
     """A record of one line per job: without the search for its caller, of which nobody is told."""
 

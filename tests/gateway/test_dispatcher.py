@@ -129,6 +129,7 @@ async def test_an_action_that_fails_does_not_hold_up_the_others() -> None:
 
 
 @jumping
+@pytest.mark.patches
 @pytest.mark.parametrize("where", ["observer", "answer"])
 async def test_a_bug_at_the_end_of_a_call_costs_no_slot(where: str) -> None:
     desk = Desk()

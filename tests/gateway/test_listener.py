@@ -104,6 +104,7 @@ async def test_a_body_above_the_limit() -> None:
         assert orjson.loads(await response.read())["error"]["code"] == "request_too_large"
 
 
+@pytest.mark.patches
 async def test_a_bug_of_ours_is_told_in_the_same_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     async with world() as w:
 

@@ -219,6 +219,7 @@ def test_one_answer_with_a_rare_word_decides_nothing() -> None:
     assert with_it > 0.5 * without
 
 
+@pytest.mark.patches
 @pytest.mark.parametrize("unit", [1e9, 3.0])
 def test_is_the_plain_mathematics_done_in_less_time(monkeypatch: pytest.MonkeyPatch, unit: float) -> None:
     """Growing units, rows gathered a few at a time, tables made when asked for: a stream of jobs in two applications,

@@ -274,6 +274,7 @@ def test_each_of_several_calls_is_given_up_when_it_has_been_silent_for_long_enou
     run_local(story())
 
 
+@pytest.mark.patches
 def test_thousands_of_calls_are_looked_at_together() -> None:
     """The timer goes through all of them each time: once for every call it would take a quarter of a core for 4000."""
 

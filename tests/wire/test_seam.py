@@ -219,6 +219,7 @@ def test_a_seam_inside_a_character_is_caught(monkeypatch: pytest.MonkeyPatch) ->
     assert not _survives(Script(rest=7))
 
 
+@pytest.mark.patches
 def test_text_handed_out_before_its_boundary_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     from elis_gateway.wire import ledger
 
