@@ -19,7 +19,7 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
@@ -58,16 +58,23 @@ class Gateway:
 
 
 @contextmanager
-def stub() -> Iterator[int]:
-    """The engine that answers at once; as a collector of traces it takes everything."""
-    port = free_port()
-    process = subprocess.Popen([sys.executable, overhead.__file__, "--role", "stub", "--port", str(port)])
+def running(port: int, ready: str, *words: str, **how: Any) -> Iterator[Gateway]:
+    """``python WORDS``, which listens at ``port``, from when the path ``ready`` answers there. ``how``: Popen's."""
+    process = subprocess.Popen([sys.executable, *words], **how)
     try:
-        wait_for(port, "/health")
-        yield port
+        wait_for(port, ready)
+        yield Gateway(port, process)
     finally:
         process.terminate()
         process.wait(10)
+
+
+@contextmanager
+def stub() -> Iterator[int]:
+    """The engine that answers at once; as a collector of traces it takes everything."""
+    port = free_port()
+    with running(port, "/health", overhead.__file__, "--role", "stub", "--port", str(port)):
+        yield port
 
 
 @contextmanager
@@ -85,16 +92,10 @@ def gateway(folder: Path, engine: int, features: tuple[str, ...], tree: Path | N
         settings["tracing"] = {"enabled": True, "endpoint": f"http://127.0.0.1:{engine}"}
     path = folder / f"{port}.json"
     path.write_text(json.dumps(settings))
-    with (folder / "log").open("ab") as log:
-        command = [sys.executable, "-m", "elis_gateway", "serve", str(path)]
-        environment = None if tree is None else {**os.environ, "PYTHONPATH": str(tree)}
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tree, env=environment)
-    try:
-        wait_for(port, "/ready")
-        yield Gateway(port, process)
-    finally:
-        process.terminate()
-        process.wait(10)
+    how: dict[str, Any] = {} if tree is None else {"cwd": tree, "env": {**os.environ, "PYTHONPATH": str(tree)}}
+    words = ("-m", "elis_gateway", "serve", str(path))
+    with (folder / "log").open("ab") as log, running(port, "/ready", *words, stdout=log, stderr=log, **how) as found:
+        yield found
 
 
 async def served(port: int, count: int, request: bytes) -> int:
@@ -114,10 +115,10 @@ async def served(port: int, count: int, request: bytes) -> int:
     return sum(len(client.latencies) for client in clients)
 
 
-def cost(gateway: Gateway, count: int, request: bytes) -> float:
-    """Microseconds of processor time a request."""
+def cost(gateway: Gateway, asking: Coroutine[Any, Any, int]) -> float:
+    """Microseconds of its processor time a request. ``asking`` returns how many it answered."""
     before = gateway.used()
-    answered = uvloop.run(served(gateway.port, count, request))
+    answered = uvloop.run(asking)
     return (gateway.used() - before) / answered * 1e6
 
 
@@ -125,12 +126,14 @@ def compared(gateways: dict[str, Gateway], rounds: int, count: int, request: byt
     """Each setting beside the first: the median over rounds of its difference within the round."""
     found: dict[str, list[float]] = {name: [] for name in gateways}
     for each in gateways.values():
-        cost(each, count, request)
+        cost(each, served(each.port, count, request))
     rng = random.Random(rounds)
     for _ in range(rounds):
         order = rng.sample(list(gateways), len(gateways))
-        there = {name: cost(gateways[name], count, request) for name in order}
-        back = {name: cost(gateways[name], count, request) for name in reversed(order)}
+        there, back = (
+            {name: cost(gateways[name], served(gateways[name].port, count, request)) for name in names}
+            for names in (order, order[::-1])
+        )
         for name, values in found.items():
             values.append((there[name] + back[name]) / 2)
     first = next(iter(found.values()))

@@ -13,8 +13,6 @@ are at best what these figures say.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,11 +21,10 @@ from statistics import median, quantiles
 from typing import Any
 
 import click
-import uvloop
 
 from benchmarks import overhead
-from benchmarks.feature_cost import Gateway, gateway, stub
-from benchmarks.overhead import free_port, get, load, request_bytes, wait_for
+from benchmarks.feature_cost import Gateway, cost, gateway, running, stub
+from benchmarks.overhead import free_port, get, load, request_bytes
 from benchmarks.rows import show
 
 LOADS: dict[str, tuple[int, int, bool, str]] = {
@@ -44,31 +41,24 @@ BARE = "bare proxy"
 def bare(engine: int) -> Iterator[Gateway]:
     """The pass-through proxy of ``overhead``."""
     port = free_port()
-    command = [sys.executable, overhead.__file__, "--role", "bare", "--port", str(port)]
-    process = subprocess.Popen([*command, "--upstream", f"http://127.0.0.1:{engine}"])
-    try:
-        wait_for(port, "/health")
-        yield Gateway(port, process)
-    finally:
-        process.terminate()
-        process.wait(10)
+    words = (overhead.__file__, "--role", "bare", "--port", str(port), "--upstream", f"http://127.0.0.1:{engine}")
+    with running(port, "/health", *words) as found:
+        yield found
 
 
-def cost(served: Gateway, clients: int, seconds: float, request: bytes) -> float:
-    """Microseconds of processor time a request."""
-    before = served.used()
-    done = uvloop.run(load(served.port, clients, seconds, request))
-    return (served.used() - before) / len(done.latencies) * 1e6
+async def answered(port: int, clients: int, seconds: float, request: bytes) -> int:
+    """How many requests ``clients`` got answered in that time."""
+    return len((await load(port, clients, seconds, request)).latencies)
 
 
 def compared(ways: dict[str, Gateway], rounds: int, seconds: float, clients: int, request: bytes) -> dict[str, Any]:
     """Each way's microseconds, over the bare proxy's and over the first tree's."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     for each in ways.values():
-        cost(each, clients, seconds, request)
+        cost(each, answered(each.port, clients, seconds, request))
     for turn in range(rounds):
         for name in list(ways) if turn % 2 == 0 else list(ways)[::-1]:
-            found[name].append(cost(ways[name], clients, seconds, request))
+            found[name].append(cost(ways[name], answered(ways[name].port, clients, seconds, request)))
     proxy, first = found[BARE], next(values for name, values in found.items() if name != BARE)
     return {
         name: {"microseconds": round(median(values)), **over(values, proxy, "bare"), **over(values, first, "first")}
