@@ -20,7 +20,7 @@ from elis_gateway.upstream.base import Capabilities
 from elis_gateway.upstream.names import Names
 from elis_gateway.upstream.patience import Patience
 from elis_gateway.upstream.responses import read_body, unavailable
-from elis_gateway.upstream.session import ERROR_BODY_LIMIT, HttpSession, Watch
+from elis_gateway.upstream.session import HttpSession, Watch
 from elis_gateway.wire.continuation import Call
 
 __all__ = ["CREDENTIALS", "RANK", "HttpUpstream", "check"]
@@ -142,7 +142,7 @@ class HttpUpstream:
                 if response.history and _origin(response.url) != _origin(self.url(path)):
                     # A page to log in at, another scheme: calls follow no redirect, so that is not who gets them.
                     raise UpstreamRefused(response.history[0].status, b"")
-                body = await read_body(response, ERROR_BODY_LIMIT)
+                body = await read_body(response)
                 if response.status // 100 != 2:
                     raise UpstreamRefused(response.status, body)
                 return body

@@ -37,7 +37,6 @@ _NOT_FROM_UPSTREAMS = ("access-control-", "set-cookie", "www-authenticate")
 _BOUNDARY = re.compile(r'^multipart/form-data\s*;.*\bboundary="?([^";,]+)', re.IGNORECASE)
 _FORM_HEAD = 64 * 1024
 """Bytes of a form in which its model is looked for: clients send the fields before the file."""
-_REFUSAL_LIMIT = 1024 * 1024
 _RETRY_AFTER = 5.0
 
 
@@ -176,7 +175,7 @@ class Relay:
             if answer.status in (429, 503):
                 # It asks to be left alone: another may have room, and whoever comes next is not sent here.
                 wait = retry_after(answer.headers.get("Retry-After"))
-                raise UpstreamRefused(answer.status, await read_body(answer, _REFUSAL_LIMIT), retry_after=wait)
+                raise UpstreamRefused(answer.status, await read_body(answer), retry_after=wait)
             if answer.status in (401, 407) and not upstream.settings.forward_credentials:
                 # It is our key that was refused, and its words may quote it.
                 raise foreign_refusal(upstream.id, answer.status)

@@ -16,6 +16,9 @@ from elis_gateway.errors import UpstreamUnavailable
 
 __all__ = ["abort", "foreign_refusal", "read_body", "retry_after", "unavailable"]
 
+_LIMIT = 1024 * 1024
+"""Bytes that are read of what a probe brings, or of a refusal."""
+
 
 def abort(response: aiohttp.ClientResponse) -> None:
     """Close a response's socket now: not after a TLS goodbye, not after what is still to be written."""
@@ -25,10 +28,10 @@ def abort(response: aiohttp.ClientResponse) -> None:
     response.close()
 
 
-async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
-    """A body, or its first ``limit`` bytes. (``StreamReader.read(limit)`` would give what has come so far.)"""
+async def read_body(response: aiohttp.ClientResponse) -> bytes:
+    """A short body, or its first MiB. (``StreamReader.read(_LIMIT)`` would give what has come so far.)"""
     parts: list[bytes] = []
-    left = limit
+    left = _LIMIT
     while left > 0 and (data := await response.content.read(left)):
         parts.append(data)
         left -= len(data)

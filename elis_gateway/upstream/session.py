@@ -24,10 +24,8 @@ from elis_gateway.wire.sse import DONE, EventDecoder
 if TYPE_CHECKING:
     from elis_gateway.upstream.http import HttpUpstream
 
-__all__ = ["ERROR_BODY_LIMIT", "HttpSession", "Watch"]
+__all__ = ["HttpSession", "Watch"]
 
-ERROR_BODY_LIMIT = 1024 * 1024
-"""Bytes that are read of a refusal."""
 _ANSWER_LIMIT = 256 * 1024 * 1024
 _LOOKS = 4
 """Looks at a call in the longest silence that is borne."""
@@ -227,7 +225,7 @@ class HttpSession:
     async def _refusal(self, response: aiohttp.ClientResponse) -> UpstreamError:
         if response.status in (401, 407) and not self._upstream.settings.forward_credentials:
             return foreign_refusal(self._upstream.id, response.status)
-        body = await read_body(response, ERROR_BODY_LIMIT)
+        body = await read_body(response)
         self._done = response.content.at_eof()
         return UpstreamRefused(response.status, body, retry_after=retry_after(response.headers.get("Retry-After")))
 

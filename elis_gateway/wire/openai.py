@@ -93,7 +93,7 @@ class Request:
             if isinstance(prompt, list):
                 prompt = "\n".join(item for item in prompt if isinstance(item, str))
             return prompt if isinstance(prompt, str) else ""
-        for message in self._messages()[::-1]:
+        for message in self._messages()[::-1]:  # mypyc 2.4 cannot compile `reversed` of these
             if message.get("role") == "user":
                 return _text(message)
         return "\n".join(_text(message) for message in self._messages())
